@@ -1,0 +1,53 @@
+# make quickstart | test | lint | bench; each sets up .venv first where that has not been done.
+# PYTHON       interpreter that .venv is made from, 3.11 or newer
+# TORCH_INDEX  package index of PyTorch's CPU wheels, for machines where the plain torch wheel is the CUDA build
+# TEST_ARGS, BENCH_ARGS  passed on to pytest and to every benchmark
+PYTHON ?= python3
+TORCH_INDEX ?=
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.installed
+export HF_HUB_OFFLINE := 1
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: setup quickstart test lint bench clean
+
+setup: $(STAMP)
+
+# The stamp is written last, so an interrupted set-up is simply continued by the next one.
+$(STAMP): setup.py
+	@echo "[1/4] .venv from $$($(PYTHON) --version)"
+	@$(PYTHON) -c 'import sys; sys.exit("or1_megatron needs Python 3.11 or newer; say which: make setup PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -m venv .venv
+	@echo "[2/4] torch 2.13.0, first: the build that is found now decides what the others bring"
+	@$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	@echo "[3/4] or1_megatron with vLLM, Megatron-Core, Ray and the developer tools (1 to 5 minutes, 4 GB)"
+	@$(PIP) install -q -e '.[cpu,dev]'
+	@echo "[4/4] removing torchvision, torchaudio, torchcodec: their wheels break against CPU torch"
+	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+	@echo "done; try: make quickstart, or $(BIN)/or1 doctor"
+
+quickstart: setup
+	@$(BIN)/python launch/quickstart.py
+
+test: setup
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: setup
+	@status=0; for file in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do \
+		$(BIN)/python $$file $(BENCH_ARGS) || status=1; \
+	done; exit $$status
+
+# Leaves .venv and runs/ alone.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print | xargs -r rm -rf

@@ -1,0 +1,233 @@
+"""One rank of the Megatron actor: log-probs, the MAGIC update and the export of its weights.
+
+All ranks call the same method together, each with its data-parallel replica's micro-batches. Results come from one
+rank per replica (last stage, first tensor rank); the others return None. Shape letters: T packed tokens, V columns
+of the padded vocabulary on this rank.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.module import Float16Module
+
+from or1_megatron.actor import checkpoint
+from or1_megatron.actor.mesh import build_mesh
+from or1_megatron.actor.model import build_model, named_entries, packed_parameters, uses_transformer_engine
+from or1_megatron.architecture import read_architecture
+from or1_megatron.config import Config
+from or1_megatron.parallel.bucket import Bucket, pack_buckets
+from or1_megatron.parallel.device import device
+from or1_megatron.parallel.dims import Dims
+from or1_megatron.parallel.layout import unshard
+from or1_megatron.parallel.vocab import log_probs_and_entropy
+from or1_megatron.rl.loss import magic_loss
+from or1_megatron.types import MicroBatch
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """Per token of one micro-batch, float32 on the host; meaningful where weights_T is 1."""
+
+    log_probs_T: np.ndarray
+    entropy_T: np.ndarray
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step. `sums` are over this replica's tokens: the caller adds replicas and divides."""
+
+    sums: dict[str, float]
+    loss: float  # this replica's share of -(1/N) * sum
+    grad_norm: float  # global, before clipping
+    values: list[TokenValues]  # under the policy before the step, one per micro-batch
+
+
+class MegatronActor:
+    """Built by every rank of an initialised process group; see parallel/device.py."""
+
+    def __init__(self, config: Config, rank: int):
+        self.config = config
+        self.architecture = read_architecture(config.model.path)
+        dims = Dims(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.dp)
+        self.mesh = build_mesh(dims, rank, config.seed + 1, config.parallel.timeout_s)
+        self._fused_norms = uses_transformer_engine(config)
+        model = build_model(config, self.architecture, self.mesh)
+        settings = model.config
+        self._bf16 = config.model.dtype == "bf16"
+        self.model = DistributedDataParallel(
+            config=settings,
+            ddp_config=DistributedDataParallelConfig(
+                use_distributed_optimizer=True, grad_reduce_in_fp32=True, check_for_nan_in_grad=True
+            ),
+            module=Float16Module(settings, model) if self._bf16 else model,
+        )
+        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
+        checkpoint.initialise_state(self.optimizer)
+        settings.grad_scale_func = self.optimizer.scale_loss
+        # The denominator N is in the loss already, so Megatron must not divide by its own token count.
+        settings.finalize_model_grads_func = lambda model, num_tokens, **kw: finalize_model_grads(model, None, **kw)
+        self._max_seqlen = config.parallel.token_budget + 2 * dims.tp + 1
+
+    def _optimizer_config(self) -> OptimizerConfig:
+        wanted = self.config.optimizer
+        return OptimizerConfig(
+            optimizer="adam",
+            lr=wanted.lr,
+            weight_decay=wanted.weight_decay,
+            adam_beta1=wanted.beta1,
+            adam_beta2=wanted.beta2,
+            adam_eps=wanted.eps,
+            clip_grad=wanted.clip_grad,
+            bf16=self._bf16,
+            params_dtype=torch.bfloat16 if self._bf16 else torch.float32,
+            use_distributed_optimizer=True,
+        )
+
+    def log_probs(self, micro_batches: list[MicroBatch]) -> list[TokenValues] | None:
+        """log pi and full-vocabulary entropy of every token under the current weights; no gradients."""
+        with torch.no_grad():
+            outputs = self._schedule(micro_batches, self._score, forward_only=True)
+        return [values for _, values in outputs] if self._reports else None
+
+    def update(
+        self, micro_batches: list[MicroBatch], *, entropy_coefficient: float, num_tokens: int, lr: float
+    ) -> UpdateResult | None:
+        """One optimizer step on the MAGIC loss.
+
+        num_tokens: N, response tokens of the whole mini-batch over all replicas and micro-batches.
+        Raises RuntimeError when the step was not applied (non-finite gradients).
+        """
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        loss = partial(self._loss, entropy_coefficient=entropy_coefficient, num_tokens=num_tokens)
+        outputs = self._schedule(micro_batches, loss, forward_only=False)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        applied, grad_norm, _ = self.optimizer.step()
+        if not applied or grad_norm is None or not np.isfinite(grad_norm):
+            raise RuntimeError(f"optimizer step not applied: gradient norm {grad_norm}")
+        if not self._reports:
+            return None
+        sums: dict[str, float] = {}
+        for terms, _ in outputs:
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        return UpdateResult(
+            sums=sums,
+            loss=sums.pop("loss"),
+            grad_norm=float(grad_norm),
+            values=[values for _, values in outputs],
+        )
+
+    @property
+    def _reports(self) -> bool:
+        return self.mesh.last_stage and self.mesh.coordinates.tp == 0
+
+    def _schedule(self, micro_batches: list[MicroBatch], reduce: Callable, *, forward_only: bool) -> list:
+        """Runs Megatron's pipeline schedule; each micro-batch's second output of `reduce`, on the last stage."""
+        return get_forward_backward_func()(
+            forward_step_func=partial(self._forward, reduce),
+            data_iterator=iter(micro_batches),
+            model=[self.model],
+            num_microbatches=len(micro_batches),
+            seq_length=micro_batches[0].num_tokens,
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+
+    def _forward(self, reduce: Callable, batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable]:
+        batch = next(batches)
+        keep_dtype = {"fp32_output": False} if self._bf16 else {}
+        output = model(
+            batch.tokens_T.unsqueeze(0).to(device()),
+            batch.positions_T.unsqueeze(0).to(device()),
+            None,
+            packed_seq_params=packed_parameters(batch, self._max_seqlen),
+            **keep_dtype,
+        )
+        return output, partial(reduce, batch)
+
+    def _head(self, batch: MicroBatch, logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        columns = logits_1TV.shape[-1]
+        return log_probs_and_entropy(
+            logits_1TV.squeeze(0),
+            batch.labels_T.to(device()),
+            group=self.mesh.tp_group if self.mesh.dims.tp > 1 else None,
+            first_column=self.mesh.coordinates.tp * columns,
+            vocab_size=self.architecture.vocab_size,
+            temperature=self.config.rollout.temperature,
+        )
+
+    def _score(self, batch: MicroBatch, logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        values = _to_host(*self._head(batch, logits_1TV))
+        return logits_1TV.new_zeros(()), torch.zeros((), dtype=torch.int, device=device()), ({}, values)
+
+    def _loss(
+        self, batch: MicroBatch, logits_1TV: torch.Tensor, *, entropy_coefficient: float, num_tokens: int
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        log_probs_T, entropy_T = self._head(batch, logits_1TV)
+        old = batch.old_log_probs_T
+        terms = magic_loss(
+            log_probs_T,
+            None if old is None else old.to(device()),
+            batch.advantages_T.to(device()),
+            batch.weights_T.to(device()),
+            entropy_T,
+            entropy_coefficient=entropy_coefficient,
+            num_tokens=num_tokens,
+            clip_low=self.config.loss.clip_low,
+            clip_high=self.config.loss.clip_high,
+        )
+        sums = {"loss": terms.loss.detach().clone(), **terms.sums}
+        # Megatron's triple: loss, token count (ignored, see finalize above), what to hand back.
+        return terms.loss, torch.zeros((), dtype=torch.int, device=device()), (sums, _to_host(log_probs_T, entropy_T))
+
+    def weight_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        """This stage's weights under their HF names, gathered over the tensor ranks; replica 0 only.
+
+        Collective over the tensor ranks; the first of them yields, the others yield nothing.
+        """
+        if self.mesh.coordinates.dp != 0:
+            return
+        gathered = self._gathered_weights()
+        if self.mesh.coordinates.tp == 0:
+            yield from pack_buckets(itertools.chain.from_iterable(gathered), bucket_bytes)
+        else:
+            for _ in gathered:
+                pass
+
+    def _gathered_weights(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
+        tp, group = self.mesh.dims.tp, self.mesh.tp_group
+        for parameter, entry in named_entries(self.model, self.architecture, fused_norms=self._fused_norms):
+            if entry.megatron == "output_layer.weight" and self.architecture.tied:
+                continue  # the last stage's copy of the embedding
+            shards = [parameter.detach()]
+            if tp > 1 and entry.arrangement != "replicated":
+                shards = [torch.empty_like(parameter) for _ in range(tp)]
+                torch.distributed.all_gather(shards, parameter.detach().contiguous(), group=group)
+            yield unshard(entry, shards, self.architecture)
+
+    def save(self, directory: Path) -> None:
+        """Writes weights, optimizer and generators into an existing empty directory. Collective."""
+        checkpoint.save(directory, self.model, self.optimizer, self.mesh)
+
+    def load(self, directory: Path) -> None:
+        """Restores what `save` wrote, at any degrees. Collective."""
+        checkpoint.load(directory, self.model, self.optimizer, self.mesh)
+
+
+def _to_host(log_probs_T: torch.Tensor, entropy_T: torch.Tensor) -> TokenValues:
+    return TokenValues(
+        log_probs_T.detach().float().cpu().numpy().copy(), entropy_T.detach().float().cpu().numpy().copy()
+    )

@@ -1,0 +1,172 @@
+"""HF checkpoint directory -> Megatron GPTModel with its weights, for this rank's shard and stage."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from or1_megatron.actor.attention import PackedAttention, RMSNorm
+from or1_megatron.actor.mesh import Mesh
+from or1_megatron.architecture import Architecture
+from or1_megatron.config import Config
+from or1_megatron.errors import UserError
+from or1_megatron.parallel.device import device, has_cuda
+from or1_megatron.parallel.hf_files import HFWeights
+from or1_megatron.parallel.layout import Entry, entries, shard
+from or1_megatron.types import MicroBatch
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def uses_transformer_engine(config: Config) -> bool:
+    """Resolves model.transformer_impl. Raises UserError when TE is asked for and cannot run here."""
+    wanted = config.model.transformer_impl
+    possible = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+    if wanted == "transformer_engine" and not possible:
+        raise UserError(
+            "model.transformer_impl=transformer_engine needs a CUDA device and the package transformer-engine; "
+            "use auto or torch"
+        )
+    return possible and wanted != "torch"
+
+
+def transformer_config(config: Config, architecture: Architecture, softmax_scale: float) -> TransformerConfig:
+    """Megatron's configuration of the decoder."""
+    a, tp, pp = architecture, config.parallel.tp, config.parallel.pp
+    full = config.model.recompute == "full"
+    return TransformerConfig(
+        num_layers=a.num_layers,
+        hidden_size=a.hidden_size,
+        ffn_hidden_size=a.ffn_hidden_size,
+        num_attention_heads=a.num_heads,
+        num_query_groups=a.num_kv_heads,
+        kv_channels=a.head_dim,
+        softmax_scale=softmax_scale,
+        normalization="RMSNorm",
+        layernorm_epsilon=a.norm_eps,
+        qk_layernorm=a.qk_norm,
+        add_bias_linear=False,
+        add_qkv_bias=a.qkv_bias,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        sequence_parallel=tp > 1,
+        params_dtype=DTYPES[config.model.dtype],
+        pipeline_dtype=DTYPES[config.model.dtype],
+        bf16=config.model.dtype == "bf16",
+        # Megatron refuses variable lengths for dense models unless this MoE setting, otherwise unused, is set.
+        variable_seq_lengths=True,
+        moe_token_dispatcher_type="alltoall",
+        calculate_per_token_loss=True,
+        perform_initialization=False,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=has_cuda(),
+        bias_dropout_fusion=has_cuda(),
+        apply_rope_fusion=False,
+        recompute_granularity=None if config.model.recompute == "none" else config.model.recompute,
+        recompute_method="uniform" if full else None,
+        recompute_num_layers=1 if full else None,
+    )
+
+
+def build_model(config: Config, architecture: Architecture, mesh: Mesh) -> GPTModel:
+    """GPTModel of this rank's stage and shard, HF weights loaded, on this process's device."""
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(config.model.path))
+    # yarn scales cos and sin by a factor f: the scores, a product of two rotated vectors, by f^2.
+    scale = float(rotary.attention_scaling) ** 2 * architecture.head_dim**-0.5
+    settings = transformer_config(config, architecture, scale)
+    fused_norms = uses_transformer_engine(config)
+    model = GPTModel(
+        config=settings,
+        transformer_layer_spec=_layer_spec(settings, mesh, fused_norms),  # type: ignore[arg-type]
+        vocab_size=architecture.padded_vocab_size(config.parallel.tp),
+        max_sequence_length=config.rollout.context_length,
+        pre_process=mesh.first_stage,
+        post_process=mesh.last_stage,
+        share_embeddings_and_output_weights=architecture.tied,
+        position_embedding_type="rope",
+    )
+    model.rotary_pos_emb.inv_freq = rotary.inv_freq.to(device(), torch.float32)
+    load_hf_weights(model, architecture, Path(config.model.path), mesh, fused_norms=fused_norms)
+    return model.to(device())
+
+
+def _layer_spec(settings: TransformerConfig, mesh: Mesh, transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
+    if transformer_engine:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=settings.qk_layernorm)
+    spec = get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
+    layer: Any = spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    attention = layer.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if settings.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    num_layers = get_num_layers_to_build(settings, None, mesh.coordinates.pp)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+
+
+def named_entries(
+    model: torch.nn.Module, architecture: Architecture, *, fused_norms: bool
+) -> Iterator[tuple[torch.nn.Parameter, Entry]]:
+    """This rank's parameters with their layout entries, in the model's order (equal on all tensor ranks)."""
+    table = entries(architecture, fused_norms=fused_norms)
+    offsets = {
+        f"decoder.layers.{i}.": f"decoder.layers.{layer.layer_number - 1}."
+        for i, layer in enumerate(m for m in model.modules() if isinstance(m, TransformerLayer))
+    }
+    for name, parameter in model.named_parameters():
+        name = name[name.index(next(root for root in ("embedding.", "decoder.", "output_layer.") if root in name)) :]
+        local = ".".join(name.split(".")[:3]) + "."
+        yield parameter, table[name.replace(local, offsets.get(local, local), 1)]
+
+
+def load_hf_weights(
+    model: torch.nn.Module, architecture: Architecture, path: Path, mesh: Mesh, *, fused_norms: bool
+) -> None:
+    """Copies this rank's slices out of the memory-mapped checkpoint into the parameters."""
+    with HFWeights(path, architecture) as weights, torch.no_grad():
+        for parameter, entry in named_entries(model, architecture, fused_norms=fused_norms):
+            piece = shard(entry, weights.read, architecture, tp=mesh.dims.tp, rank=mesh.coordinates.tp)
+            assert parameter.shape == piece.shape, (entry, parameter.shape, piece.shape)
+            parameter.copy_(piece)
+
+
+def packed_parameters(micro_batch: MicroBatch, max_seqlen: int) -> PackedSeqParams:
+    """Megatron's description of a packed micro-batch.
+
+    `max_seqlen` sizes the RoPE table, cached by its value: one constant above any sequence and any pack, since
+    Megatron reads a table as long as the pack as already unpacked.
+    """
+    assert micro_batch.num_tokens < max_seqlen
+    offsets = torch.tensor(micro_batch.cu_seqlens, dtype=torch.int32, device=device())
+    packed = PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=offsets,
+        cu_seqlens_kv=offsets,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+    packed.cu_seqlens_host = micro_batch.cu_seqlens  # type: ignore[attr-defined]
+    return packed
+
+

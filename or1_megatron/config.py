@@ -1,0 +1,345 @@
+"""The configuration of a run: typed, documented, validated once, never changed afterwards.
+
+A recipe is YAML over these dataclasses; `key=value` overrides come from the command line. `or1 train --help`
+prints this file's fields. Names of the recipe's symbols: rollout_batch_size D_R, mini_batch_size D_T,
+num_reuse N_reuse, group_size gs, context_length T, temperature tau.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from or1_megatron.errors import UserError
+
+
+def key(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
+    """A field with the sentence that `--help` prints."""
+    metadata = {"meaning": meaning, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    path: str = key(MISSING, "HF checkpoint directory (Llama, Qwen2 or Qwen3) the run starts from")
+    dtype: str = key("bf16", "actor compute type; main weights and optimizer state are fp32 in both", ("fp32", "bf16"))
+    transformer_impl: str = key(
+        "auto", "layers of the actor; auto takes TransformerEngine where it is installed with a GPU",
+        ("auto", "transformer_engine", "torch"),
+    )  # fmt: skip
+    recompute: str = key("none", "activation recomputation in the actor", ("none", "selective", "full"))
+
+
+@dataclass
+class ParallelConfig:
+    num_ranks: int = key(1, "actor ranks: one GPU, or one CPU process, each; data parallel is num_ranks / (tp * pp)")
+    tp: int = key(1, "tensor-parallel degree; sequence parallel is on when tp > 1")
+    pp: int = key(1, "pipeline-parallel degree")
+    token_budget: int = key(4096, "most tokens in one packed micro-batch; at least the longest sequence")
+    cpu_threads_per_rank: int = key(1, "OpenMP threads of one actor rank on a machine without a GPU")
+    timeout_s: int = key(600, "longest a collective may wait for a rank, seconds")
+
+
+@dataclass
+class DataConfig:
+    train: list[str] = key([], "problem files, .jsonl or .parquet: data_source, prompt, reward_model.ground_truth")
+    instruction_suffix: str = key("", "appended to the last user message of a chat prompt")
+    seed: int = key(0, "order of the prompt stream")
+
+
+@dataclass
+class RolloutConfig:
+    rollout_batch_size: int = key(64, "D_R: informative prompts per training step")
+    group_size: int = key(16, "gs: responses per prompt, at least 2")
+    context_length: int = key(8192, "T: prompt + response limit, tokens")
+    max_response_length: int = key(0, "response limit, tokens; 0: whatever the context leaves")
+    temperature: float = key(1.0, "tau: sampling temperature; the actor's log-probs use the same")
+    top_p: float = key(1.0, "nucleus sampling; anything but 1 biases the policy gradient")
+    stop: list[str] = key([], "strings that end a response; the token that completes one is part of the response")
+    max_generated_factor: float = key(
+        2.0, "refill bound: at most this many times rollout_batch_size prompts are rolled out per step"
+    )
+    num_engines: int = key(1, "vLLM engines")
+    engine_dtype: str = key("auto", "engine compute type; auto is the actor's", ("auto", "fp32", "bf16"))
+    kv_cache_gb: float = key(1.0, "KV cache of one engine on a machine without a GPU, GiB")
+    gpu_memory_utilization: float = key(0.5, "share of the GPU's memory one engine may take")
+    max_batched_tokens: int = key(16384, "most tokens in one engine step")
+    enforce_eager: bool = key(False, "no CUDA graphs; always so on a machine without a GPU")
+    cpu_threads_per_engine: int = key(0, "OpenMP threads of one engine without a GPU; 0: all cores / num_engines")
+    probe_interval: int = key(1, "compare engine and actor log-probs after every k-th weight push; 0: never")
+    probe_tolerance: float = key(
+        0.0, "largest mean |engine - actor| log-prob of the probe text; 0: 1e-3 where both are fp32, else 0.1"
+    )
+    bucket_mb: int = key(128, "size of one weight bucket on its way to the engines, MiB")
+
+
+@dataclass
+class LossConfig:
+    mini_batch_size: int = key(0, "D_T: prompts per optimizer step; 0: rollout_batch_size (on-policy)")
+    num_reuse: int = key(1, "N_reuse: passes over the rollout buffer")
+    clip_low: float = key(0.2, "eps: the ratio is clipped below at 1 - clip_low")
+    clip_high: float = key(0.2, "eps_high: the ratio is clipped above at 1 + clip_high")
+    old_log_probs: str = key(
+        "current",
+        "pi_old: current (needs one optimizer step per rollout), recompute (actor pass), engine (as sampled)",
+        ("current", "recompute", "engine"),
+    )
+    rejection: bool = key(True, "drop groups whose rewards are all equal")
+
+
+@dataclass
+class EntropyConfig:
+    rule: str = key("paper", "controller of alpha_k: paper (3.2), fixed (alpha = initial), off", ("paper", "fixed", "off"))
+    target: float = key(0.2, "tgt_ent, nats per token")
+    delta: float = key(0.005, "step of c_k")
+    initial: float = key(0.0, "c_0")
+    min: float = key(0.0, "lower clamp of c_k")
+    max: float = key(1.0, "upper clamp of c_k")
+    signal: str = key(
+        "sampled",
+        "e_k: sampled (mean -log pi of the rollout's tokens, free) or vocabulary (full entropy; one more actor pass)",
+        ("sampled", "vocabulary"),
+    )
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = key(1e-6, "learning rate, constant after warm-up")
+    warmup_steps: int = key(0, "training steps of linear warm-up")
+    beta1: float = key(0.9, "AdamW beta1")
+    beta2: float = key(0.999, "AdamW beta2")
+    eps: float = key(1e-8, "AdamW epsilon")
+    weight_decay: float = key(0.01, "AdamW weight decay")
+    clip_grad: float = key(1.0, "global gradient norm limit; 0: no clipping")
+
+
+@dataclass
+class RewardConfig:
+    num_workers: int = key(2, "verifier processes")
+    timeout_s: float = key(10.0, "deadline of one check, kept by the parent; the stuck worker is killed, seconds")
+    memory_mb: int = key(4096, "address space of one verifier process, MiB")
+
+
+@dataclass
+class EvalConfig:
+    files: list[str] = key([], "held-out problem files; empty: no evaluation")
+    interval: int = key(0, "evaluate every k steps; 0: only before the first and after the last step")
+    num_samples: int = key(4, "n: responses per problem, for avg@n and pass@k")
+    temperature: float = key(1.0, "sampling temperature in evaluation")
+    top_p: float = key(1.0, "nucleus sampling in evaluation")
+
+
+@dataclass
+class Config:
+    name: str = key("run", "name of the run: first word of its last line, part of the run folder's name")
+    runs_dir: str = key("runs", "where run folders are made")
+    run_dir: str = key("", "the run folder itself; must not exist; empty: runs_dir/name-YYYYmmdd-HHMMSS")
+    steps: int = key(100, "training steps")
+    seed: int = key(0, "seed of sampling and of every rank's generator")
+    save_interval: int = key(0, "checkpoint every k steps; 0: only at the end")
+    keep_checkpoints: int = key(2, "newest checkpoints kept")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    entropy: EntropyConfig = field(default_factory=EntropyConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+    @property
+    def mini_batch_size(self) -> int:
+        return self.loss.mini_batch_size or self.rollout.rollout_batch_size
+
+    @property
+    def num_sgd_steps(self) -> int:
+        """N_SGD = D_R / D_T * N_reuse: optimizer steps per training step; 1 is on-policy."""
+        return self.rollout.rollout_batch_size // self.mini_batch_size * self.loss.num_reuse
+
+    @property
+    def dp(self) -> int:
+        return self.parallel.num_ranks // (self.parallel.tp * self.parallel.pp)
+
+    @property
+    def engine_dtype(self) -> str:
+        return self.model.dtype if self.rollout.engine_dtype == "auto" else self.rollout.engine_dtype
+
+    @property
+    def probe_tolerance(self) -> float:
+        exact = self.model.dtype == "fp32" and self.engine_dtype == "fp32"
+        return self.rollout.probe_tolerance or (1e-3 if exact else 0.1)
+
+
+@dataclass(frozen=True)
+class Key:
+    """One configuration key, for `--help` and for suggestions."""
+
+    name: str  # dotted
+    type: str
+    default: Any
+    meaning: str
+    choices: tuple[str, ...]
+
+
+def all_keys(section: type = Config, prefix: str = "") -> list[Key]:
+    """Every key of the configuration, depth first, in the order of declaration."""
+    keys: list[Key] = []
+    for item in dataclasses.fields(section):
+        factory = item.default_factory
+        if isinstance(factory, type) and dataclasses.is_dataclass(factory):
+            keys += all_keys(factory, f"{prefix}{item.name}.")
+            continue
+        default = item.default if factory is dataclasses.MISSING else factory()
+        keys.append(Key(prefix + item.name, str(item.type), default, item.metadata["meaning"], item.metadata["choices"]))
+    return keys
+
+
+def load(recipe: str | Path, overrides: list[str] | None = None) -> Config:
+    """Recipe file + `key=value` overrides -> validated Config. Raises UserError, one line each."""
+    path = Path(recipe)
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of configuration keys")
+    return from_tree([(str(path), tree), *[_override_tree(text) for text in overrides or []]])
+
+
+def from_tree(layers: list[tuple[str, dict]]) -> Config:
+    """Merges (origin, nested mapping) layers over the defaults and validates the result."""
+    merged = OmegaConf.structured(Config)
+    for origin, tree in layers:
+        _check_names(origin, tree)
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(tree))
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{origin}: {error.full_key or 'value'}: {reason}") from None
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise UserError(f"{layers[0][0]}: {', '.join(missing)} must be set")
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _override_tree(text: str) -> tuple[str, dict]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"override {text!r} is not key=value, e.g. optimizer.lr=1e-6")
+    try:
+        leaf = yaml.safe_load(value) if value else ""
+    except yaml.YAMLError:
+        leaf = value
+    for part in reversed(name.split(".")):
+        leaf = {part: leaf}
+    return f"override {text!r}", leaf
+
+
+def _leaves(tree: dict, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, value in tree.items():
+        dotted = f"{prefix}{name}"
+        names += _leaves(value, dotted + ".") if isinstance(value, dict) and value else [dotted]
+    return names
+
+
+def _check_names(origin: str, tree: dict) -> None:
+    known = [item.name for item in all_keys()]
+    for name in _leaves(tree):
+        if name in known:
+            continue
+        section = [item for item in known if item.startswith(name + ".")]
+        if section:
+            raise UserError(f"{origin}: {name} is a section; set one of its keys, e.g. {section[0]}")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        last = name.rsplit(".", 1)[-1]
+        near = near or [item for item in known if item.rsplit(".", 1)[-1] == last][:1]
+        hint = f"did you mean {near[0]}?" if near else "`or1 train --help` lists all keys"
+        raise UserError(f"{origin}: unknown key {name}; {hint}")
+
+
+def divisors(*numbers: int) -> str:
+    """The common divisors, as words for a message: '1, 2 or 4'."""
+    common = [d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers)]
+    return str(common[0]) if len(common) == 1 else f"{', '.join(map(str, common[:-1]))} or {common[-1]}"
+
+
+def validate(config: Config) -> None:
+    """Every rule that needs no file. Raises UserError naming the key, the value and the fix."""
+    for item in all_keys():
+        value: Any = config
+        for part in item.name.split("."):
+            value = getattr(value, part)
+        if item.choices and value not in item.choices:
+            raise UserError(f"{item.name}={value!r} is not one of {', '.join(item.choices)}")
+    _validate_positive(config)
+    rollout, loss, parallel = config.rollout, config.loss, config.parallel
+    if rollout.group_size < 2:
+        raise UserError(
+            f"rollout.group_size={rollout.group_size}: a group of one has no advantage (reward equals its mean); use 2 or more"
+        )
+    if rollout.rollout_batch_size % config.mini_batch_size:
+        raise UserError(
+            f"loss.mini_batch_size={config.mini_batch_size} does not divide rollout.rollout_batch_size="
+            f"{rollout.rollout_batch_size}; use {divisors(rollout.rollout_batch_size)}"
+        )
+    if loss.old_log_probs == "current" and config.num_sgd_steps > 1:
+        raise UserError(
+            f"loss.old_log_probs=current needs one optimizer step per rollout, but N_SGD={config.num_sgd_steps}; "
+            "use recompute or engine"
+        )
+    if parallel.num_ranks % (parallel.tp * parallel.pp):
+        raise UserError(
+            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} does not divide parallel.num_ranks={parallel.num_ranks}; "
+            f"tp * pp may be {divisors(parallel.num_ranks)}"
+        )
+    longest = rollout.context_length
+    if parallel.token_budget < longest:
+        raise UserError(
+            f"parallel.token_budget={parallel.token_budget} is below rollout.context_length={longest}: "
+            f"the longest sequence would fit no micro-batch; use at least {longest}"
+        )
+    if rollout.max_generated_factor < 1:
+        raise UserError(f"rollout.max_generated_factor={rollout.max_generated_factor} must be at least 1")
+    if not 0 < rollout.top_p <= 1:
+        raise UserError(f"rollout.top_p={rollout.top_p} must be in (0, 1]")
+
+
+def _validate_positive(config: Config) -> None:
+    positive = (
+        "steps keep_checkpoints parallel.num_ranks parallel.tp parallel.pp parallel.token_budget parallel.cpu_threads_per_rank "
+        "parallel.timeout_s rollout.rollout_batch_size rollout.context_length rollout.temperature rollout.num_engines "
+        "rollout.kv_cache_gb rollout.bucket_mb loss.num_reuse reward.num_workers reward.timeout_s "
+        "reward.memory_mb evaluation.num_samples"
+    ).split()
+    non_negative = (
+        "save_interval rollout.max_response_length rollout.probe_interval rollout.probe_tolerance loss.mini_batch_size "
+        "loss.clip_low loss.clip_high optimizer.lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
+        "evaluation.interval evaluation.temperature"
+    ).split()
+    for names, bad, words in ((positive, lambda v: v <= 0, "above 0"), (non_negative, lambda v: v < 0, "0 or more")):
+        for name in names:
+            value: Any = config
+            for part in name.split("."):
+                value = getattr(value, part)
+            if bad(value):
+                raise UserError(f"{name}={value} must be {words}")

@@ -1,0 +1,30 @@
+"""The two ways a command ends badly, and the exit code each one carries.
+
+`UserError`: the input is at fault. One line that names the place, the value and the fix; exit code 2; nothing
+has been written. `RunFailure`: a part of a running system died or disagreed; exit code 1.
+"""
+
+
+class UserError(ValueError):
+    """Bad input. The message is one line: what, where, the value, the fix."""
+
+    exit_code = 2
+
+
+class RunFailure(RuntimeError):
+    """A process died, a deadline passed or a probe failed while a run was going on.
+
+    `log_tail` holds the last lines that the dead process wrote, for the terminal.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, log_tail: str = ""):
+        super().__init__(message)
+        self.log_tail = log_tail
+
+
+class StopRequested(RuntimeError):
+    """Ctrl-C or SIGTERM: the run saves the last completed step and ends; exit code 130."""
+
+    exit_code = 130

@@ -1,0 +1,164 @@
+"""The device seam: CUDA/NCCL where there is a GPU, CPU/gloo where there is none. The one place that knows.
+
+Megatron-Core is written for CUDA. Without a GPU, `install()` replaces the handful of CUDA entry points that its
+dense GPT path touches; with a GPU it does nothing at all. It has to run before megatron is imported, because
+megatron binds some of these names at import. Each entry, with what Megatron does there and why the replacement
+is right:
+
+| replaced | what Megatron does with it | why the replacement is right |
+|---|---|---|
+| device="cuda", device=torch.device("cuda") in any torch call | allocates its buffers there | the host is the device |
+| pin_memory=True | pins tensors for asynchronous copies | nothing is copied to a device |
+| Tensor.type() -> torch.cuda.*Tensor | the distributed optimizer sorts parameters by this string | it means the compute device |
+| torch.cuda.current_device / device_count / set_device | passes it as device=, divides by it | one device, the host |
+| torch.cuda.synchronize, Stream, Event, stream, streams' getters | orders kernels and communication | host operations are ordered |
+| torch.cuda.get/set_rng_state, manual_seed, default_generators | saves, forks and restores generators | the host has one generator |
+| torch.cuda._lazy_call | queues `_set_cuda_rng_state` until CUDA starts: **silently never** without a GPU | call at once |
+| Tensor.cuda, Module.cuda | moves to the device | already there |
+| torch.cuda.memory_*, empty_cache | logging | nothing to report |
+| torch.cuda.*Tensor type names | isinstance tests in transformer/module.py | resolve to the host types |
+
+`own_optimizer_steps` mends the second silent trap: after `DistributedOptimizer.load_state_dict` all parameters of
+torch's AdamW share ONE `step` tensor, which then advances once per parameter and ruins the bias correction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+_HOST = torch.device("cpu")
+_installed = False
+
+
+def has_cuda() -> bool:
+    """Whether this machine computes on CUDA devices."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device this process computes on."""
+    return torch.device("cuda", torch.cuda.current_device()) if has_cuda() else _HOST
+
+
+def num_devices() -> int:
+    """CUDA devices visible to this process; 0 without CUDA."""
+    return torch.cuda.device_count() if has_cuda() else 0
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name() if has_cuda() else "cpu"
+
+
+def init_process_group(init_method: str, rank: int, world_size: int, timeout_s: float) -> None:
+    """Joins the world group: NCCL on CUDA, gloo otherwise. Blocks until all ranks are there."""
+    if has_cuda():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    torch.distributed.init_process_group(
+        backend="nccl" if has_cuda() else "gloo",
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+
+
+def own_optimizer_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter its own `step` tensor again. Optimizers that keep `step` per group are left alone."""
+    for state in optimizer.state.values():
+        if torch.is_tensor(state.get("step")):
+            state["step"] = state["step"].clone()
+
+
+class _HostMode(TorchFunctionMode):
+    """Rewrites CUDA devices in torch calls; see the table above."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs["device"] = _HOST
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):
+            args = (args[0], _HOST, *args[2:])
+        result = func(*args, **kwargs)
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.", 1)
+        return result
+
+
+def _is_cuda(target: Any) -> bool:
+    if isinstance(target, torch.device):
+        return target.type == "cuda"
+    return isinstance(target, str) and target.startswith("cuda")
+
+
+class _HostStream:
+    """A stream or event of the host: everything submitted has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        pass
+
+    def query(self) -> bool:
+        return True
+
+    def wait_stream(self, other: Any) -> None:
+        pass
+
+    wait_event = record = record_event = wait = wait_stream
+
+    def synchronize(self) -> None:
+        pass
+
+
+class _HostGenerators:
+    """torch.cuda.default_generators: any index is the host's generator."""
+
+    def __getitem__(self, index: Any) -> torch.Generator:
+        return torch.default_generator
+
+
+def install() -> None:
+    """Activates the seam once per process; a no-op where CUDA is available."""
+    global _installed
+    if _installed or has_cuda():
+        return
+    _installed = True
+    cuda: Any = torch.cuda
+    nothing = lambda *args, **kwargs: None  # noqa: E731
+    stream = _HostStream()
+    replacements: dict[str, Any] = {
+        "current_device": lambda: _HOST,
+        "device_count": lambda: 1,
+        "set_device": nothing,
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "Stream": _HostStream,
+        "Event": _HostStream,
+        "stream": lambda *args, **kwargs: contextlib.nullcontext(),
+        "current_stream": lambda *args: stream,
+        "default_stream": lambda *args: stream,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
+        "manual_seed": torch.manual_seed,
+        "default_generators": _HostGenerators(),
+        "_lazy_call": lambda callback, **kwargs: callback(),
+        "memory_allocated": lambda *args: 0,
+        "memory_reserved": lambda *args: 0,
+        "max_memory_allocated": lambda *args: 0,
+        "FloatTensor": torch.FloatTensor,
+        "HalfTensor": torch.HalfTensor,
+        "BFloat16Tensor": torch.BFloat16Tensor,
+        "IntTensor": torch.IntTensor,
+        "LongTensor": torch.LongTensor,
+    }
+    for name, replacement in replacements.items():
+        setattr(cuda, name, replacement)
+    cuda.random.get_rng_state = replacements["get_rng_state"]
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    _HostMode().__enter__()

@@ -1,0 +1,89 @@
+"""What flows through a step: Prompt -> Sample -> Group -> MicroBatch.
+
+Shape letters: T tokens of one packed micro-batch, S sequences in it, R tokens of one response.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One problem, tokenised."""
+
+    uid: str  # unique over all sources; names the problem in rollouts and history
+    text: str  # exactly what the engine sees, chat template applied
+    tokens: tuple[int, ...]
+    ground_truth: tuple[str, ...]  # one or more acceptable gold answers
+    data_source: str = ""
+
+
+@dataclass
+class Sample:
+    """One response to one prompt."""
+
+    prompt: Prompt
+    index: int  # 0..group_size-1 within its group
+    tokens: list[int]  # R response tokens, the stop token included
+    log_probs: list[float]  # R, natural log, of the engine's sampling distribution (temperature applied)
+    text: str
+    finish_reason: str  # "stop" or "length"
+    weight_version: int  # the push the engine was running on when it was sampled
+    verdict: str = ""  # see reward/service.py
+    reward: float = 0.0
+
+    @property
+    def truncated(self) -> bool:
+        return self.finish_reason == "length"
+
+    @property
+    def num_tokens(self) -> int:
+        """Length of prompt + response, tokens."""
+        return len(self.prompt.tokens) + len(self.tokens)
+
+
+@dataclass
+class Group:
+    """All `group_size` responses to one prompt. Groups are kept or dropped whole."""
+
+    prompt: Prompt
+    samples: list[Sample] = field(default_factory=list)
+
+    @property
+    def rewards(self) -> list[float]:
+        return [sample.reward for sample in self.samples]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One training sequence: prompt + response with what the loss needs to know about each response token."""
+
+    tokens: tuple[int, ...]  # prompt + response
+    num_prompt_tokens: int
+    advantage: float
+    old_log_probs: tuple[float, ...] | None  # one per response token; None: use the current policy's (on-policy)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences packed end to end (THD): never padded between sequences beyond the alignment.
+
+    Position t predicts labels_T[t], the next token of the same sequence; weights_T is 1 where that token is a
+    response token and 0 elsewhere (prompt, last position, alignment padding).
+    """
+
+    tokens_T: torch.Tensor  # int64
+    positions_T: torch.Tensor  # int64, restarts at 0 in each sequence
+    labels_T: torch.Tensor  # int64
+    weights_T: torch.Tensor  # float32, 0 or 1
+    advantages_T: torch.Tensor  # float32
+    old_log_probs_T: torch.Tensor | None  # float32; None: on-policy
+    cu_seqlens: tuple[int, ...]  # S+1 offsets; cu_seqlens[-1] == T
+    sequence_ids: tuple[int, ...]  # S indices into the list that was packed
+
+    @property
+    def num_tokens(self) -> int:
+        return self.cu_seqlens[-1]

