@@ -23,11 +23,11 @@ $(STAMP): setup.py
 	@$(PYTHON) -c 'import sys; sys.exit("or1_megatron needs Python 3.11 or newer; say which: make setup PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
 	@$(PYTHON) -m venv .venv
 	@echo "[2/4] torch 2.13.0, first: the build that is found now decides what the others bring"
-	@$(PIP) install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	@$(PIP) install -qq $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
 	@echo "[3/4] or1_megatron with vLLM, Megatron-Core, Ray and the developer tools (1 to 5 minutes, 4 GB)"
-	@$(PIP) install -q -e '.[cpu,dev]'
+	@$(PIP) install -qq -e '.[cpu,dev]'
 	@echo "[4/4] removing torchvision, torchaudio, torchcodec: their wheels break against CPU torch"
-	@$(PIP) uninstall -q -y torchvision torchaudio torchcodec
+	@$(PIP) uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@
 	@echo "done; try: make quickstart, or $(BIN)/or1 doctor"
 

@@ -6,7 +6,7 @@ CORE = [
     "megatron-core==0.16.1; python_version < '3.12'",
     "megatron-core>=0.17,<0.21; python_version >= '3.12'",
     "ray==2.60.0",
-    "math-verify[antlr4_13_2]==0.9.0",
+    "math-verify[antlr4-13-2]==0.9.0",
     "omegaconf==2.4.0",
     "pyyaml",
     "transformers",

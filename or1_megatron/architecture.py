@@ -23,12 +23,11 @@ _READ = frozenset(
     "rope_parameters attention_bias".split()
 )
 _NO_EFFECT = frozenset(
-    "torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id initializer_range "
-    "is_llama_config max_window_layers sliding_window _name_or_path transformers.js_config unk_token_id "
-    "_attn_implementation_autoset attn_implementation return_dict output_hidden_states output_attentions id2label "
-    "label2id problem_type chunk_size_feed_forward is_encoder_decoder _commit_hash model_name original_max_position_"
-    "embeddings layer_norm_eps".split()
-) - {"layer_norm_eps"}
+    "torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id unk_token_id "
+    "initializer_range is_llama_config max_window_layers sliding_window transformers.js_config attn_implementation "
+    "return_dict output_hidden_states output_attentions id2label label2id problem_type chunk_size_feed_forward "
+    "is_encoder_decoder".split()
+)
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -116,7 +115,7 @@ def parse_architecture(values: dict[str, Any], origin: str) -> Architecture:
         elif name == "layer_types":
             if value and set(value) != {"full_attention"}:
                 raise UserError(f"{origin}: layer_types={sorted(set(value))} is not supported; only full_attention is")
-        elif name not in _READ and name not in _NO_EFFECT:
+        elif name not in _READ and name not in _NO_EFFECT and not name.startswith("_"):  # _: the writer's own notes
             raise UserError(f"{origin}: {name}={value!r} is not known to this version, so its effect would be lost")
     try:
         hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])

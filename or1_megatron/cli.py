@@ -1,0 +1,159 @@
+"""The command `or1`: train, eval, doctor. Parses, calls, and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 the run failed, 2 the input is at fault, 130 stopped by the user. Libraries are imported by the
+subcommand that needs them, so `or1 --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from or1_megatron.errors import RunFailure, StopRequested, UserError
+
+WIDTH = 100
+
+
+class _CommandParser(argparse.ArgumentParser):
+    """A subcommand's parser; with `shows_keys` its help ends with every configuration key."""
+
+    def __init__(self, shows_keys: bool = False, **settings: Any):
+        super().__init__(**settings)
+        self._shows_keys = shows_keys
+
+    def format_help(self) -> str:
+        return super().format_help() + ("\n" + keys_help() if self._shows_keys else "")
+
+
+def keys_help() -> str:
+    """Every configuration key with type, default, meaning and choices, by section, at most WIDTH columns wide."""
+    from or1_megatron.config import all_keys
+
+    keys = all_keys()
+    name_width = max(len(key.name) for key in keys)
+    type_width = max(len(key.type) for key in keys)
+    defaults = {key.name: _default_text(key.default) for key in keys}
+    default_width = max(len(text) for text in defaults.values())
+    indent = 2 + name_width + 2 + type_width + 2 + default_width + 2
+    lines = ["configuration keys: in the recipe (YAML), or as key=value behind it", ""]
+    lines.append(f"  {'key':{name_width}}  {'type':{type_width}}  {'default':{default_width}}  meaning")
+    section = None
+    for key in keys:
+        own_section = key.name.rpartition(".")[0]
+        if own_section != section:
+            section = own_section
+            lines += ["", f"{section or 'run'}:"]
+        meaning = textwrap.wrap(key.meaning, WIDTH - indent, break_on_hyphens=False)
+        if key.choices:
+            choices = "one of: " + ", ".join(key.choices)
+            meaning += textwrap.wrap(choices, WIDTH - indent)
+        head = f"  {key.name:{name_width}}  {key.type:{type_width}}  {defaults[key.name]:{default_width}}  "
+        lines += [head + meaning[0], *(" " * indent + line for line in meaning[1:])]
+    return "\n".join(lines) + "\n"
+
+
+def _default_text(default: object) -> str:
+    if default == "???":
+        return "required"
+    if isinstance(default, bool):
+        return str(default).lower()
+    return default or '""' if isinstance(default, str) else str(default)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="or1", description="Skywork-OR1 reinforcement learning on Megatron-Core, vLLM and Ray."
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
+    train = commands.add_parser(
+        "train",
+        help="train from a recipe, or go on with an earlier run",
+        usage="or1 train RECIPE [key=value ...]\n       or1 train --resume DIR [key=value ...]",
+        shows_keys=True,
+    )
+    train.add_argument("--resume", metavar="DIR", type=Path, help="run folder of the run to go on with")
+    train.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="recipe file, then overrides")
+    evaluate = commands.add_parser(
+        "eval", help="evaluate the model of a recipe", usage="or1 eval RECIPE [key=value ...]"
+    )
+    evaluate.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="recipe file, then overrides")
+    commands.add_parser("doctor", help="check this machine, with a fix for whatever is wrong")
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from or1_megatron.config import load
+
+    if options.resume is None:
+        config = load(*_recipe_and_overrides(options.words, "train"))
+    else:
+        _check_overrides_only(options.words)
+        from or1_megatron.runfolder import RunFolder
+
+        config = load(RunFolder.open(options.resume).path / "config.yaml", options.words)
+    from or1_megatron.train import train
+
+    return train(config, resume=options.resume)
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    from or1_megatron.config import load
+
+    config = load(*_recipe_and_overrides(options.words, "eval"))
+    from or1_megatron.evaluate import evaluate
+
+    return evaluate(config)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from or1_megatron.doctor import doctor
+
+    return doctor()
+
+
+def _recipe_and_overrides(words: list[str], command: str) -> tuple[str, list[str]]:
+    if not words or ("=" in words[0] and not Path(words[0]).exists()):
+        raise UserError(
+            f"or1 {command} needs a recipe first: or1 {command} RECIPE [key=value ...]; see launch/recipes/"
+        )
+    return words[0], words[1:]
+
+
+def _check_overrides_only(words: list[str]) -> None:
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"--resume takes the configuration from the run folder; drop {word!r} or make it key=value")
+
+
+COMMANDS = {"train": _train, "eval": _evaluate, "doctor": _doctor}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return COMMANDS[options.command](options)
+    except UserError as error:
+        print(f"or1: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except RunFailure as error:
+        print(f"or1: run failed: {error}", file=sys.stderr)
+        if error.log_tail:
+            print(textwrap.indent(error.log_tail.rstrip("\n"), "  | "), file=sys.stderr)
+        return error.exit_code
+    except StopRequested as error:
+        print(f"or1: stopped: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("or1: stopped", file=sys.stderr)
+        return StopRequested.exit_code
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        place = f" at {error.filename}" if error.filename else ""
+        print(f"or1: error: the disk is full{place}; free some space or set runs_dir to another disk", file=sys.stderr)
+        return UserError.exit_code

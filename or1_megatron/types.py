@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 
@@ -87,3 +88,21 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return self.cu_seqlens[-1]
+
+
+@dataclass(frozen=True)
+class TokenValues:
+    """Per token of one micro-batch, float32 on the host; meaningful where weights_T is 1."""
+
+    log_probs_T: np.ndarray
+    entropy_T: np.ndarray
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """One optimizer step. `sums` are over this replica's tokens: the caller adds replicas and divides."""
+
+    sums: dict[str, float]
+    loss: float  # this replica's share of -(1/N) * sum
+    grad_norm: float  # global, before clipping
+    values: list[TokenValues]  # under the policy before the step, one per micro-batch

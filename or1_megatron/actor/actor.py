@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,25 +31,7 @@ from or1_megatron.parallel.dims import Dims
 from or1_megatron.parallel.layout import unshard
 from or1_megatron.parallel.vocab import log_probs_and_entropy
 from or1_megatron.rl.loss import magic_loss
-from or1_megatron.types import MicroBatch
-
-
-@dataclass(frozen=True)
-class TokenValues:
-    """Per token of one micro-batch, float32 on the host; meaningful where weights_T is 1."""
-
-    log_probs_T: np.ndarray
-    entropy_T: np.ndarray
-
-
-@dataclass(frozen=True)
-class UpdateResult:
-    """One optimizer step. `sums` are over this replica's tokens: the caller adds replicas and divides."""
-
-    sums: dict[str, float]
-    loss: float  # this replica's share of -(1/N) * sum
-    grad_norm: float  # global, before clipping
-    values: list[TokenValues]  # under the policy before the step, one per micro-batch
+from or1_megatron.types import MicroBatch, TokenValues, UpdateResult
 
 
 class MegatronActor:
@@ -62,7 +43,7 @@ class MegatronActor:
         dims = Dims(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.dp)
         self.mesh = build_mesh(dims, rank, config.seed + 1, config.parallel.timeout_s)
         self._fused_norms = uses_transformer_engine(config)
-        model = build_model(config, self.architecture, self.mesh)
+        self._gpt = model = build_model(config, self.architecture, self.mesh)
         settings = model.config
         self._bf16 = config.model.dtype == "bf16"
         self.model = DistributedDataParallel(
@@ -94,10 +75,16 @@ class MegatronActor:
             use_distributed_optimizer=True,
         )
 
-    def log_probs(self, micro_batches: list[MicroBatch]) -> list[TokenValues] | None:
-        """log pi and full-vocabulary entropy of every token under the current weights; no gradients."""
+    def log_probs(
+        self, micro_batches: list[MicroBatch], *, temperature: float | None = None
+    ) -> list[TokenValues] | None:
+        """log pi and full-vocabulary entropy of every token under the current weights; no gradients.
+
+        temperature: of the distribution; None is the rollout's.
+        """
+        score = partial(self._score, temperature=temperature or self.config.rollout.temperature)
         with torch.no_grad():
-            outputs = self._schedule(micro_batches, self._score, forward_only=True)
+            outputs = self._schedule(micro_batches, score, forward_only=True)
         return [values for _, values in outputs] if self._reports else None
 
     def update(
@@ -158,7 +145,7 @@ class MegatronActor:
         )
         return output, partial(reduce, batch)
 
-    def _head(self, batch: MicroBatch, logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _head(self, batch: MicroBatch, logits_1TV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         columns = logits_1TV.shape[-1]
         return log_probs_and_entropy(
             logits_1TV.squeeze(0),
@@ -166,17 +153,19 @@ class MegatronActor:
             group=self.mesh.tp_group if self.mesh.dims.tp > 1 else None,
             first_column=self.mesh.coordinates.tp * columns,
             vocab_size=self.architecture.vocab_size,
-            temperature=self.config.rollout.temperature,
+            temperature=temperature,
         )
 
-    def _score(self, batch: MicroBatch, logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        values = _to_host(*self._head(batch, logits_1TV))
+    def _score(
+        self, batch: MicroBatch, logits_1TV: torch.Tensor, *, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        values = _to_host(*self._head(batch, logits_1TV, temperature))
         return logits_1TV.new_zeros(()), torch.zeros((), dtype=torch.int, device=device()), ({}, values)
 
     def _loss(
         self, batch: MicroBatch, logits_1TV: torch.Tensor, *, entropy_coefficient: float, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        log_probs_T, entropy_T = self._head(batch, logits_1TV)
+        log_probs_T, entropy_T = self._head(batch, logits_1TV, self.config.rollout.temperature)
         old = batch.old_log_probs_T
         terms = magic_loss(
             log_probs_T,
@@ -209,7 +198,7 @@ class MegatronActor:
 
     def _gathered_weights(self) -> Iterator[list[tuple[str, torch.Tensor]]]:
         tp, group = self.mesh.dims.tp, self.mesh.tp_group
-        for parameter, entry in named_entries(self.model, self.architecture, fused_norms=self._fused_norms):
+        for parameter, entry in named_entries(self._gpt, self.architecture, fused_norms=self._fused_norms):
             if entry.megatron == "output_layer.weight" and self.architecture.tied:
                 continue  # the last stage's copy of the embedding
             shards = [parameter.detach()]
@@ -220,11 +209,11 @@ class MegatronActor:
 
     def save(self, directory: Path) -> None:
         """Writes weights, optimizer and generators into an existing empty directory. Collective."""
-        checkpoint.save(directory, self.model, self.optimizer, self.mesh)
+        checkpoint.save(directory, self._gpt, self.optimizer, self.mesh)
 
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, at any degrees. Collective."""
-        checkpoint.load(directory, self.model, self.optimizer, self.mesh)
+        checkpoint.load(directory, self._gpt, self.optimizer, self.mesh)
 
 
 def _to_host(log_probs_T: torch.Tensor, entropy_T: torch.Tensor) -> TokenValues:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
@@ -63,7 +64,7 @@ def _sharded(model: Any, optimizer: Any, mesh: Mesh, *, is_loading: bool) -> dic
     }
     here, dims = mesh.coordinates, mesh.dims
     generators = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
-    key = f"generators/tp{dims.tp}-pp{dims.pp}-dp{dims.dp}"  # other degrees have other generators: not restored
+    key = f"generators.tp{dims.tp}-pp{dims.pp}-dp{dims.dp}"  # other degrees have other generators: not restored
     shape, place = (dims.pp, dims.tp, dims.dp), (here.pp, here.tp, here.dp)
     state["generators"] = ShardedObject(key, generators, shape, place, replica_id=0)
     return state
@@ -94,4 +95,4 @@ def load(directory: Path, model: Any, optimizer: Any, mesh: Mesh) -> None:
 
 
 def _holds_generators(directory: Path, key: str) -> bool:
-    return any(name.startswith(key) for name in dist_checkpointing.load_sharded_metadata(str(directory)))
+    return any(name.startswith(key) for name in load_sharded_metadata(str(directory)))

@@ -106,7 +106,7 @@ def build_model(config: Config, architecture: Architecture, mesh: Mesh) -> GPTMo
         share_embeddings_and_output_weights=architecture.tied,
         position_embedding_type="rope",
     )
-    model.rotary_pos_emb.inv_freq = rotary.inv_freq.to(device(), torch.float32)
+    model.rotary_pos_emb.inv_freq = rotary.inv_freq.data.to(device(), torch.float32)
     load_hf_weights(model, architecture, Path(config.model.path), mesh, fused_norms=fused_norms)
     return model.to(device())
 
@@ -135,7 +135,6 @@ def named_entries(
         for i, layer in enumerate(m for m in model.modules() if isinstance(m, TransformerLayer))
     }
     for name, parameter in model.named_parameters():
-        name = name[name.index(next(root for root in ("embedding.", "decoder.", "output_layer.") if root in name)) :]
         local = ".".join(name.split(".")[:3]) + "."
         yield parameter, table[name.replace(local, offsets.get(local, local), 1)]
 

@@ -54,6 +54,11 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if has_cuda() else "cpu"
 
 
+def set_num_threads(num_threads: int) -> None:
+    """OpenMP threads of this process's torch; means nothing to a GPU."""
+    torch.set_num_threads(num_threads)
+
+
 def init_process_group(init_method: str, rank: int, world_size: int, timeout_s: float) -> None:
     """Joins the world group: NCCL on CUDA, gloo otherwise. Blocks until all ranks are there."""
     if has_cuda():
@@ -122,6 +127,11 @@ class _HostGenerators:
         return torch.default_generator
 
 
+def _nothing() -> Any:
+    """A new no-op each time: torch.compile's tables refuse one function under two names."""
+    return lambda *args, **kwargs: None
+
+
 def install() -> None:
     """Activates the seam once per process; a no-op where CUDA is available."""
     global _installed
@@ -129,14 +139,13 @@ def install() -> None:
         return
     _installed = True
     cuda: Any = torch.cuda
-    nothing = lambda *args, **kwargs: None  # noqa: E731
     stream = _HostStream()
     replacements: dict[str, Any] = {
         "current_device": lambda: _HOST,
         "device_count": lambda: 1,
-        "set_device": nothing,
-        "synchronize": nothing,
-        "empty_cache": nothing,
+        "set_device": _nothing(),
+        "synchronize": _nothing(),
+        "empty_cache": _nothing(),
         "Stream": _HostStream,
         "Event": _HostStream,
         "stream": lambda *args, **kwargs: contextlib.nullcontext(),

@@ -1,0 +1,243 @@
+"""Ray: the processes of a run, what is asked of them, and what happens when one dies. The only importer of ray.
+
+One Ray actor per Megatron rank and one per engine. The driver only ever waits in `_wait`, which also pings every
+worker, so the death of an idle one is noticed within seconds. Any death ends the run with that process's last log
+lines; leaving the context ends every process.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from or1_megatron.config import Config
+from or1_megatron.errors import RunFailure, StopRequested, UserError
+from or1_megatron.parallel.dims import Dims
+from or1_megatron.processes import ActorRank, EngineProcess
+from or1_megatron.rollout.engine import EngineSpec, SamplingSpec
+from or1_megatron.types import Group, MicroBatch, Prompt, TokenValues, UpdateResult
+
+_PING_INTERVAL_S = 5.0
+_BUCKETS_IN_FLIGHT = 2
+
+
+class Cluster:
+    """Context manager over the run's processes. Methods raise RunFailure, UserError or StopRequested."""
+
+    def __init__(self, config: Config, run_dir: Path, *, with_actor: bool = True):
+        self.config = config
+        self.dims = Dims(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.dp)
+        self.weight_version = 0
+        self.stop_requested: Callable[[], bool] = lambda: False
+        self._run_dir = run_dir
+        self._with_actor = with_actor
+        self._ranks: list[Any] = []
+        self._engines: list[Any] = []
+        self._logs: dict[Any, Path] = {}
+        self._pings: dict[Any, Any] = {}
+        self._last_ping = 0.0
+
+    def __enter__(self) -> Cluster:
+        try:
+            self._start()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in [*self._ranks, *self._engines]:
+            ray.kill(worker)
+        ray.shutdown()
+
+    def _start(self) -> None:
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall the other processes of a host
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        else:
+            store = max(256, 4 * self.config.rollout.bucket_mb) * 2**20
+            ray.init(
+                address="local",
+                num_cpus=1,
+                include_dashboard=False,
+                object_store_memory=store,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _node_ip_address="127.0.0.1",
+            )
+        gpus_per_rank, gpus_per_engine = self._gpu_shares()
+        started = []
+        for i in range(self.config.rollout.num_engines):
+            engine = self._launch(EngineProcess, f"engine{i}", gpus_per_engine)
+            self._engines.append(engine)
+            started.append(engine.start.remote(engine_spec(self.config, i)))
+        if self._with_actor:
+            self._ranks = [
+                self._launch(ActorRank, f"rank{i}", gpus_per_rank) for i in range(self.config.parallel.num_ranks)
+            ]
+            meeting = self._wait([self._ranks[0].meeting_point.remote(bool(address))])[0]
+            started += [rank.start.remote(self.config, i, meeting) for i, rank in enumerate(self._ranks)]
+        self._wait(started)
+
+    def _launch(self, process: type, name: str, num_gpus: float) -> Any:
+        log = self._run_dir / "logs" / f"{name}.log"
+        worker = ray.remote(process).options(num_cpus=0, num_gpus=num_gpus, max_restarts=0).remote(str(log))
+        self._logs[worker] = log
+        return worker
+
+    def _gpu_shares(self) -> tuple[float, float]:
+        """GPUs per rank and per engine: one each where there are enough, else ranks and engines share them."""
+        gpus = ray.cluster_resources().get("GPU", 0)
+        ranks = self.config.parallel.num_ranks if self._with_actor else 0
+        wanted = ranks + self.config.rollout.num_engines
+        if gpus == 0:
+            return 0, 0
+        if gpus >= wanted:
+            return 1, 1
+        if gpus < ranks or gpus < self.config.rollout.num_engines:
+            raise UserError(f"parallel.num_ranks={ranks} and rollout.num_engines need more than the {gpus:.0f} GPUs there are")
+        return 0.5, 0.5
+
+    def generate(self, prompts: list[Prompt], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
+        """Groups in the order they finish, over all engines."""
+        n = len(self._engines)
+        streams = [
+            engine.generate.options(num_returns="streaming").remote(prompts[i::n], group_size, sampling)
+            for i, engine in enumerate(self._engines)
+            if prompts[i::n]
+        ]
+        yield from self._drain(streams, interruptible=True)
+
+    def push_weights(self) -> None:
+        """Actor weights -> every engine, bucket by bucket; the engines' next samples carry the new version."""
+        self.weight_version += 1
+        self._wait([engine.begin_weights.remote(self.weight_version) for engine in self._engines])
+        size = self.config.rollout.bucket_mb * 2**20
+        streams = [
+            rank.weight_buckets.options(num_returns="streaming", _generator_backpressure_num_objects=2).remote(size)
+            for rank in self._ranks
+        ]
+        received: list[list[Any]] = []
+        for bucket in self._drain(streams, fetch=False):
+            received.append([engine.receive_bucket.remote(bucket) for engine in self._engines])
+            if len(received) >= _BUCKETS_IN_FLIGHT:
+                self._wait(received.pop(0))
+        self._wait([ref for refs in received for ref in refs])
+        self._wait([engine.finish_weights.remote() for engine in self._engines])
+
+    def engine_log_probs(self, tokens: list[int]) -> list[list[float]]:
+        """Per engine, log-probs of tokens[1:] at temperature 1."""
+        return self._wait([engine.prompt_log_probs.remote(tokens) for engine in self._engines])
+
+    def log_probs(self, batches: list[list[MicroBatch]], temperature: float | None = None) -> list[list[TokenValues]]:
+        """Per replica and micro-batch; `batches[dp]` are replica dp's micro-batches."""
+        return self._reports(lambda rank, mine: rank.call.remote("log_probs", mine, temperature=temperature), batches)
+
+    def update(self, batches: list[list[MicroBatch]], **settings: Any) -> list[UpdateResult]:
+        """One optimizer step; per replica its result. See MegatronActor.update."""
+        return self._reports(lambda rank, mine: rank.call.remote("update", mine, **settings), batches)
+
+    def _reports(self, ask: Callable[[Any, Any], Any], batches: list[list[MicroBatch]]) -> list[Any]:
+        stored = [ray.put(mine) for mine in batches]
+        results = self._wait(
+            [ask(rank, stored[self.dims.coordinates(i).dp]) for i, rank in enumerate(self._ranks)]
+        )
+        return [results[i] for i in self.dims.reporting_ranks()]
+
+    def save(self, directory: Path) -> None:
+        self._wait([rank.call.remote("save", directory) for rank in self._ranks])
+
+    def load(self, directory: Path) -> None:
+        self._wait([rank.call.remote("load", directory) for rank in self._ranks])
+
+    def _wait(self, refs: list[Any]) -> list[Any]:
+        """Results in order; the first failure of any of them, or of any other worker, ends the wait."""
+        pending = list(refs)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=1.0)
+            for ref in done:
+                self._get(ref)
+            self._heartbeat()
+        return [self._get(ref) for ref in refs]
+
+    def _drain(self, streams: list[Any], *, fetch: bool = True, interruptible: bool = False) -> Iterator[Any]:
+        """Items of several streaming calls as they come; references instead of values unless `fetch`."""
+        pending = list(streams)
+        while pending:
+            ready, _ = ray.wait(pending, num_returns=1, timeout=1.0, fetch_local=False)
+            if interruptible and self.stop_requested():
+                raise StopRequested("stopped during the rollout")
+            self._heartbeat()
+            for stream in ready:
+                try:
+                    ref = next(stream)
+                except StopIteration:
+                    pending.remove(stream)
+                    continue
+                yield self._get(ref) if fetch else ref
+
+    def _heartbeat(self) -> None:
+        if time.monotonic() - self._last_ping < _PING_INTERVAL_S:
+            return
+        self._last_ping = time.monotonic()
+        for worker in self._logs:
+            ping = self._pings.get(worker)
+            if ping is not None:
+                if not ray.wait([ping], timeout=0)[0]:
+                    continue  # busy; its own call reports its death
+                self._get(ping)
+            self._pings[worker] = worker.ping.remote()
+
+    def _get(self, ref: Any) -> Any:
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, (UserError, OSError)):
+                raise error.cause from None
+            self._raise_if_dead()
+            raise RunFailure(f"{error.cause!r}", str(error)) from None
+        except RayActorError as error:
+            self._raise_if_dead()
+            raise RunFailure(f"a process of the run died: {error}") from None
+
+    def _raise_if_dead(self) -> None:
+        """Names the process that died: a peer's broken connection is often reported before the death itself."""
+        pings = {worker: worker.ping.remote() for worker in self._logs}
+        deadline = time.monotonic() + 3.0
+        for worker, ping in pings.items():
+            try:
+                ray.get(ping, timeout=max(0.0, deadline - time.monotonic()))
+            except RayActorError:
+                log = self._logs[worker]
+                raise RunFailure(f"{log.stem} died; its log is {log}", _tail(log)) from None
+            except RayError:
+                continue
+
+
+def engine_spec(config: Config, index: int) -> EngineSpec:
+    rollout = config.rollout
+    return EngineSpec(
+        model_path=config.model.path,
+        dtype=config.engine_dtype,
+        context_length=rollout.context_length,
+        seed=config.seed + index,
+        kv_cache_gb=rollout.kv_cache_gb,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        max_batched_tokens=rollout.max_batched_tokens,
+        enforce_eager=rollout.enforce_eager,
+        num_threads=max(1, rollout.cpu_threads_per_engine or (os.cpu_count() or 1) // rollout.num_engines),
+    )
+
+
+def _tail(log: Path, lines: int = 20) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.is_file() else ""
+
+

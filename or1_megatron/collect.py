@@ -1,0 +1,104 @@
+"""Rollout of one training step: generate, score while others still decode, reject, refill."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from or1_megatron.cluster import Cluster
+from or1_megatron.config import Config
+from or1_megatron.data.prompts import PromptStream
+from or1_megatron.profiling.spans import Spans
+from or1_megatron.reward.service import RewardService, Verdict
+from or1_megatron.rl.filter import is_informative, refill_size
+from or1_megatron.rollout.engine import SamplingSpec
+from or1_megatron.types import Group, Prompt, Sample
+
+
+@dataclass
+class Rollout:
+    """What one step sampled. `generated` holds every group, scored; `kept` those that carry a gradient."""
+
+    generated: list[Group] = field(default_factory=list)
+    kept: list[Group] = field(default_factory=list)
+
+    @property
+    def samples(self) -> list[Sample]:
+        return [sample for group in self.generated for sample in group.samples]
+
+
+def training_sampling(config: Config) -> SamplingSpec:
+    rollout = config.rollout
+    return SamplingSpec(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        max_response_length=rollout.max_response_length,
+        stop=tuple(rollout.stop),
+    )
+
+
+def collect(config: Config, cluster: Cluster, rewards: RewardService, stream: PromptStream, spans: Spans) -> Rollout:
+    """Rolls out rollout_batch_size prompts, and as many again as were rejected, up to the refill bound."""
+    wanted = config.rollout.rollout_batch_size
+    limit = int(wanted * config.rollout.max_generated_factor)
+    rollout = Rollout()
+    missing = wanted
+    while missing > 0:
+        groups = score_groups(cluster, rewards, stream.take(missing), config.rollout.group_size, training_sampling(config), spans)
+        rollout.generated += groups
+        rollout.kept += [group for group in groups if is_informative(group) or not config.loss.rejection]
+        missing = refill_size(kept=len(rollout.kept), wanted=wanted, generated=len(rollout.generated), limit=limit)
+    return rollout
+
+
+def score_groups(
+    cluster: Cluster,
+    rewards: RewardService,
+    prompts: list[Prompt],
+    group_size: int,
+    sampling: SamplingSpec,
+    spans: Spans,
+) -> list[Group]:
+    """Groups with verdicts and rewards, in the order of `prompts`: results do not depend on who finished first."""
+    scoring: list[tuple[Sample, Future[Verdict]]] = []
+    groups: list[Group] = []
+    with spans.span("rollout"):
+        for group in cluster.generate(prompts, group_size, sampling):
+            groups.append(group)
+            scoring += [(s, rewards.submit(s.text, s.prompt.ground_truth)) for s in group.samples]
+    with spans.span("reward_wait"):
+        for sample, future in scoring:
+            verdict = future.result()
+            sample.verdict, sample.reward = verdict.name, verdict.reward
+    place = {prompt.uid: i for i, prompt in enumerate(prompts)}
+    return sorted(groups, key=lambda group: place[group.prompt.uid])
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, float]:
+    """Over every generated sample: reward, verdicts, lengths, truncation; groups kept and dropped."""
+    samples = rollout.samples
+    count = len(samples)
+    lengths = [len(sample.tokens) for sample in samples]
+    verdicts = Counter(sample.verdict for sample in samples)
+    return {
+        "reward/mean": _mean(sample.reward for sample in samples),
+        **{f"verdict/{name}": number for name, number in sorted(verdicts.items())},
+        "length/mean": _mean(lengths),
+        "length/max": max(lengths),
+        "truncated": sum(sample.truncated for sample in samples) / count,
+        "groups/generated": len(rollout.generated),
+        "groups/kept": len(rollout.kept),
+        "groups/dropped": len(rollout.generated) - len(rollout.kept),
+    }
+
+
+def sampled_entropy(rollout: Rollout) -> float:
+    """-mean log pi over all sampled tokens: an unbiased estimate of the policy's entropy, nats per token."""
+    return -_mean(value for sample in rollout.samples for value in sample.log_probs)
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)

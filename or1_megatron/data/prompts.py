@@ -1,0 +1,167 @@
+"""Problem files -> tokenised prompts, and the seeded, resumable stream that deals them out.
+
+Schema of a row (the field's): data_source, prompt, ability, reward_model{ground_truth}, extra_info. `prompt` is a
+list of chat messages, to which the model's chat template is applied, or a plain string, taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from or1_megatron.architecture import Architecture
+from or1_megatron.errors import UserError
+from or1_megatron.types import Prompt
+
+
+def load_tokenizer(model: str, architecture: Architecture) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer. Raises UserError when it is missing or has more tokens than the embedding rows."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: no usable tokenizer ({str(error).splitlines()[0]}); copy the tokenizer files") from None
+    if len(tokenizer) > architecture.vocab_size:
+        raise UserError(
+            f"{model}: the tokenizer has {len(tokenizer)} tokens but config.json says vocab_size="
+            f"{architecture.vocab_size}; they belong to different models"
+        )
+    return tokenizer
+
+
+def load_prompts(
+    files: list[str], tokenizer: PreTrainedTokenizerBase, *, context_length: int, instruction_suffix: str = ""
+) -> list[Prompt]:
+    """Every row of every file, in order. Raises UserError naming file and line (or row) of the first bad one."""
+    prompts = []
+    for name in files:
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"problem file {path} does not exist")
+        rows = 0
+        for place, row in _rows(path):
+            prompts.append(_prompt(place, row, f"{path.name}:{rows}", tokenizer, context_length, instruction_suffix))
+            rows += 1
+        if rows == 0:
+            raise UserError(f"problem file {path} is empty; it needs at least one problem")
+    return prompts
+
+
+def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as parquet
+        from pyarrow import ArrowException
+
+        try:
+            for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
+                yield f"{path} row {number}", row
+        except (ArrowException, OSError) as error:
+            raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
+        return
+    if path.suffix != ".jsonl":
+        raise UserError(f"problem file {path}: unknown kind {path.suffix!r}; use .jsonl or .parquet")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"{path} line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, UnicodeDecodeError) as error:
+                raise UserError(f"{place} is not valid JSON: {error}") from None
+            if not isinstance(row, dict):
+                raise UserError(f"{place} holds a {type(row).__name__}; it must be an object with prompt and reward_model")
+            yield place, row
+
+
+def _prompt(
+    place: str,
+    row: dict[str, Any],
+    uid: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    instruction_suffix: str,
+) -> Prompt:
+    text = _text(place, row.get("prompt"), tokenizer, instruction_suffix)
+    gold = _ground_truth(place, row)
+    tokens = tokenizer.encode(text, add_special_tokens=False)
+    if len(tokens) >= context_length:
+        raise UserError(
+            f"{place}: the prompt has {len(tokens)} tokens, which leaves no room for a response in "
+            f"rollout.context_length={context_length}; raise it or drop the problem"
+        )
+    return Prompt(uid, text, tuple(tokens), gold, str(row.get("data_source", "")))
+
+
+def _text(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase, instruction_suffix: str) -> str:
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    well_formed = (
+        isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    )
+    if not well_formed:
+        raise UserError(f"{place}: prompt={str(prompt)[:60]!r} is neither a string nor a list of role/content messages")
+    if not tokenizer.chat_template:
+        raise UserError(f"{place}: the prompt is a chat but the tokenizer has no chat template; use a plain string")
+    messages = [dict(message) for message in prompt]
+    messages[-1]["content"] += instruction_suffix
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _ground_truth(place: str, row: dict[str, Any]) -> tuple[str, ...]:
+    reward_model = row.get("reward_model")
+    gold = reward_model.get("ground_truth") if isinstance(reward_model, dict) else None
+    if isinstance(gold, str) and gold.startswith("["):  # released data: a JSON list of strings
+        try:
+            listed = json.loads(gold)
+        except ValueError:
+            listed = None
+        if isinstance(listed, list) and listed and all(isinstance(item, str) for item in listed):
+            gold = listed
+    golds = gold if isinstance(gold, list) else [gold]
+    if not golds or any(not isinstance(item, str | int | float) or str(item) == "" for item in golds):
+        raise UserError(f"{place}: reward_model.ground_truth={gold!r} is not an answer; give a string or a list of them")
+    return tuple(str(item) for item in golds)
+
+
+class PromptStream:
+    """Deals prompts out, epoch after epoch, each epoch in its own order drawn from (seed, epoch)."""
+
+    def __init__(self, prompts: list[Prompt], seed: int):
+        assert prompts
+        self._prompts, self._seed = prompts, seed
+        self._epoch, self._position = 0, 0
+        self._order = self._draw()
+
+    def _draw(self) -> list[int]:
+        order = list(range(len(self._prompts)))
+        random.Random(f"{self._seed}/{self._epoch}").shuffle(order)
+        return order
+
+    def take(self, count: int) -> list[Prompt]:
+        """The next `count` prompts; crosses into the next epoch when this one ends."""
+        taken = []
+        while len(taken) < count:
+            if self._position == len(self._order):
+                self._epoch, self._position = self._epoch + 1, 0
+                self._order = self._draw()
+            taken.append(self._prompts[self._order[self._position]])
+            self._position += 1
+        return taken
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "position": self._position, "num_prompts": len(self._prompts)}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises UserError when the problem files no longer hold as many problems."""
+        if state["num_prompts"] != len(self._prompts):
+            raise UserError(
+                f"data.train holds {len(self._prompts)} problems, the checkpoint was made with {state['num_prompts']}; "
+                "resume with the same files"
+            )
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._order = self._draw()

@@ -1,0 +1,95 @@
+"""The bodies of the run's worker processes: what cluster.py turns into Ray actors. Plain classes, no ray.
+
+A worker writes everything it prints to its own log file, so that its last lines can be shown when it dies, and
+ignores Ctrl-C, which a terminal sends to the whole process group: the driver alone decides when a run stops.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from or1_megatron.config import Config
+from or1_megatron.parallel import device
+from or1_megatron.parallel.bucket import Bucket
+from or1_megatron.rollout.engine import EngineSpec
+from or1_megatron.rollout.worker import RolloutWorker
+
+
+class _Process:
+    def __init__(self, log: str):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        Path(log).parent.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.close(file)
+        faulthandler.enable()
+
+    def ping(self) -> int:
+        """The process id: proof of life."""
+        return os.getpid()
+
+
+class ActorRank(_Process):
+    """One Megatron rank."""
+
+    def meeting_point(self, several_hosts: bool) -> str:
+        """Where all ranks meet, chosen by rank 0: a file on one host, a TCP port of this host otherwise."""
+        if not several_hosts:
+            handle, name = tempfile.mkstemp(prefix="or1-ranks-")
+            os.close(handle)
+            os.unlink(name)
+            return f"file://{name}"
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return f"tcp://{socket.gethostbyname(socket.gethostname())}:{probe.getsockname()[1]}"
+
+    def start(self, config: Config, rank: int, meeting_point: str) -> None:
+        """Joins the other ranks and builds the model; returns when this rank is ready."""
+        if meeting_point.startswith("file:"):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        device.install()
+        if not device.has_cuda():
+            device.set_num_threads(config.parallel.cpu_threads_per_rank)
+        device.init_process_group(meeting_point, rank, config.parallel.num_ranks, config.parallel.timeout_s)
+        from or1_megatron.actor.actor import MegatronActor  # megatron binds CUDA names at import: after install()
+
+        self.actor = MegatronActor(config, rank)
+
+    def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.actor, method)(*args, **kwargs)
+
+    def weight_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
+        yield from self.actor.weight_buckets(bucket_bytes)
+
+
+class EngineProcess(_Process):
+    """One vLLM engine."""
+
+    def start(self, spec: EngineSpec) -> None:
+        self.worker = RolloutWorker(spec)
+
+    def generate(self, prompts: list, group_size: int, sampling: Any) -> Iterator[Any]:
+        yield from self.worker.generate(prompts, group_size, sampling)
+
+    def begin_weights(self, version: int) -> None:
+        self.worker.begin_weights(version)
+
+    def receive_bucket(self, bucket: Bucket) -> None:
+        self.worker.receive_bucket(bucket)
+
+    def finish_weights(self) -> None:
+        self.worker.finish_weights()
+
+    def prompt_log_probs(self, tokens: list[int]) -> list[float]:
+        return self.worker.prompt_log_probs(tokens)

@@ -1,0 +1,1 @@
+"""Generation: vLLM in process. The only room that imports vllm."""

@@ -1,0 +1,204 @@
+"""One vLLM engine, in this process.
+
+Contract of a sample: `tokens` are the response with its stop token (end of sequence, or the token that completed a
+stop string); `log_probs[i]` is the natural log-prob of `tokens[i]` under the distribution it was drawn from,
+temperature and top_p applied; `weight_version` is the last weight push that had ended when it was drawn.
+
+The sampler's generator is reseeded from (seed, version) after every push, so that a resumed run draws what the
+uninterrupted run drew. vllm reads its environment at import; it is therefore imported when an Engine is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from or1_megatron.errors import RunFailure
+from or1_megatron.parallel import device
+from or1_megatron.types import Group, Prompt, Sample
+
+_QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_CPU_BLOCK_SIZE = 32  # tokens; vLLM's 128 on CPU is longer than a short prompt, which then shares nothing in its group
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What one engine is made from."""
+
+    model_path: str  # HF checkpoint directory
+    dtype: str  # "fp32" or "bf16"
+    context_length: int  # prompt + response limit, tokens
+    seed: int  # differs between the engines of a run
+    kv_cache_gb: float  # GiB; without a GPU
+    gpu_memory_utilization: float  # share of the GPU's memory
+    max_batched_tokens: int  # most tokens in one engine step
+    enforce_eager: bool  # no CUDA graphs; always so without a GPU
+    num_threads: int  # OpenMP threads without a GPU
+
+
+@dataclass(frozen=True)
+class SamplingSpec:
+    """How responses are drawn."""
+
+    temperature: float
+    top_p: float
+    max_response_length: int  # tokens; 0: what the context leaves
+    stop: tuple[str, ...] = ()  # strings that end a response
+
+
+class Engine:
+    """Generates groups, takes weights, tells log-probs."""
+
+    def __init__(self, spec: EngineSpec):
+        self.spec = spec
+        self.weight_version = 0
+        self._num_requests = 0
+        self._llm = _start_vllm(spec)
+        hf_config = self._llm.model_config.hf_config
+        self._tied = bool(hf_config.tie_word_embeddings)
+        self._checkpoint_names = _checkpoint_names(Path(spec.model_path))
+        if self._tied:
+            self._checkpoint_names.discard("lm_head.weight")
+
+    def generate(self, prompts: list[Prompt], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
+        """Yields each group as soon as all of its responses have finished, in that order.
+
+        A prompt leaves room for at least one token. Closing the iterator early aborts what is still running.
+        """
+        engine = self._llm.llm_engine
+        running: dict[str, Prompt] = {}
+        try:
+            for prompt in prompts:
+                params = self._sampling_params(prompt, group_size, sampling)
+                running[self._add_request(prompt.tokens, params)] = prompt
+            while running:
+                for output in engine.step():
+                    yield self._group(running.pop(output.request_id), output)
+        finally:
+            if running:
+                engine.abort_request(list(running))
+
+    def load_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], version: int) -> None:
+        """Replaces all weights by (HF checkpoint name, tensor) pairs, consumed lazily, of any float dtype.
+
+        Tensors may be views; all references are dropped before this returns. Nothing may be generating. Raises
+        RunFailure when a tensor of the checkpoint is missing: vLLM would go on with the old one.
+        """
+        missing = set(self._checkpoint_names)
+
+        def received() -> Iterator[tuple[str, torch.Tensor]]:
+            for name, tensor in tensors:
+                missing.discard(name)
+                yield name, tensor
+
+        with torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": received()})
+            if missing:
+                raise RunFailure(f"weight push {version} lacks {len(missing)} tensors, first {min(missing)}")
+            if self._tied:
+                self._llm.apply_model(_repack_tied_head)
+        self._llm.reset_prefix_cache()
+        self.weight_version = version
+        torch.manual_seed(self.spec.seed * 1_000_003 + version)
+
+    def prompt_log_probs(self, tokens: list[int]) -> list[float]:
+        """Log-probs of tokens[1:] at temperature 1; `tokens` are at most context_length - 1."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
+        self._add_request(tokens, params)
+        outputs: list[Any] = []
+        while not outputs:
+            outputs = self._llm.llm_engine.step()
+        table = outputs[0].prompt_logprobs
+        return [table[i][tokens[i]].logprob for i in range(1, len(tokens))]
+
+    def _add_request(self, tokens: Iterable[int], params: Any) -> str:
+        from vllm import TokensPrompt
+
+        self._num_requests += 1
+        name = str(self._num_requests)
+        self._llm.llm_engine.add_request(name, TokensPrompt(prompt_token_ids=list(tokens)), params)
+        return name
+
+    def _sampling_params(self, prompt: Prompt, group_size: int, sampling: SamplingSpec) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        room = self.spec.context_length - len(prompt.tokens)
+        assert room > 0, f"prompt {prompt.uid} has {len(prompt.tokens)} of {self.spec.context_length} tokens"
+        return SamplingParams(
+            n=group_size,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            max_tokens=min(room, sampling.max_response_length or room),
+            stop=list(sampling.stop),
+            include_stop_str_in_output=True,
+            logprobs=0,  # of the sampled token only
+            output_kind=RequestOutputKind.FINAL_ONLY,  # one output, when all of the group have finished
+        )
+
+    def _group(self, prompt: Prompt, output: Any) -> Group:
+        samples = []
+        for response in sorted(output.outputs, key=lambda response: response.index):
+            tokens = list(response.token_ids)
+            assert response.finish_reason in ("stop", "length"), response.finish_reason
+            samples.append(
+                Sample(
+                    prompt=prompt,
+                    index=response.index,
+                    tokens=tokens,
+                    log_probs=[entry[token].logprob for token, entry in zip(tokens, response.logprobs, strict=True)],
+                    text=response.text,
+                    finish_reason=response.finish_reason,
+                    weight_version=self.weight_version,
+                )
+            )
+        return Group(prompt, samples)
+
+
+def _start_vllm(spec: EngineSpec) -> Any:
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ |= {name: value for name, value in _QUIET.items() if name not in os.environ}
+    options: dict[str, Any] = {}
+    if device.has_cuda():
+        options["gpu_memory_utilization"] = spec.gpu_memory_utilization
+    else:
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(spec.num_threads)}
+        device.set_num_threads(spec.num_threads)
+        options["kv_cache_memory_bytes"] = int(spec.kv_cache_gb * 2**30)
+        options["block_size"] = _CPU_BLOCK_SIZE
+    from vllm import LLM
+
+    return LLM(
+        model=spec.model_path,
+        dtype={"fp32": "float32", "bf16": "bfloat16"}[spec.dtype],
+        max_model_len=spec.context_length,
+        max_num_batched_tokens=spec.max_batched_tokens,
+        enforce_eager=spec.enforce_eager or not device.has_cuda(),
+        seed=spec.seed,
+        distributed_executor_backend="uni",
+        logprobs_mode="processed_logprobs",
+        use_tqdm_on_load=False,
+        **options,
+    )
+
+
+def _repack_tied_head(model: Any) -> None:
+    """vLLM reloads the embedding, but on CPU the head that shares it keeps its own packed copy of the old values."""
+    head = model.lm_head
+    head.quant_method.process_weights_after_loading(head)
+
+
+def _checkpoint_names(model_path: Path) -> set[str]:
+    names: set[str] = set()
+    for file in sorted(model_path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names |= set(tensors.keys())
+    return names

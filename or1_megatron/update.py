@@ -1,0 +1,141 @@
+"""Policy update of one training step: advantages, packing, old log-probs, N_SGD optimizer steps."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+
+from or1_megatron.architecture import Architecture
+from or1_megatron.cluster import Cluster
+from or1_megatron.collect import Rollout
+from or1_megatron.config import Config
+from or1_megatron.parallel.packing import Plan, pack, plan, unpack_response_values
+from or1_megatron.profiling.spans import Spans
+from or1_megatron.rl.advantage import group_advantages
+from or1_megatron.types import Group, MicroBatch, Sample, Sequence, TokenValues
+
+
+class Updater:
+    """Turns kept groups into optimizer steps on the cluster's actor."""
+
+    def __init__(self, config: Config, architecture: Architecture, cluster: Cluster, spans: Spans):
+        self._config, self._architecture, self._cluster, self._spans = config, architecture, cluster, spans
+
+    def vocabulary_entropy(self, rollout: Rollout) -> float:
+        """Full-vocabulary entropy of the actor over all sampled tokens of the rollout buffer, nats per token."""
+        values = self._score([_sequence(sample, 0.0) for sample in rollout.samples], "entropy_T")
+        return float(np.concatenate(values).mean())
+
+    def step(self, rollout: Rollout, *, alpha: float, learning_rate: float) -> dict[str, float]:
+        """N_SGD optimizer steps over the kept groups; the metrics of the step. Nothing kept: nothing done."""
+        if not rollout.kept:
+            return {"sgd_steps": 0}
+        advantages = {id(g): group_advantages(g.rewards) for g in rollout.kept}
+        old = self._old_log_probs(rollout.kept)
+        metrics: list[dict[str, float]] = []
+        mismatch: list[np.ndarray] = []
+        batch = self._config.mini_batch_size
+        for reuse in range(self._config.loss.num_reuse):
+            for start in range(0, len(rollout.kept), batch):
+                groups = rollout.kept[start : start + batch]
+                samples = [sample for group in groups for sample in group.samples]
+                sequences = [
+                    _sequence(sample, advantage, old.get(id(sample)))
+                    for group in groups
+                    for sample, advantage in zip(group.samples, advantages[id(group)], strict=True)
+                ]
+                result, log_probs = self._optimizer_step(sequences, alpha, learning_rate)
+                metrics.append(result)
+                if reuse == 0 and start == 0:  # still the policy that the engines sampled from
+                    mismatch = [ours - np.array(s.log_probs) for ours, s in zip(log_probs, samples, strict=True)]
+        merged = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
+        return {**merged, **_mismatch_metrics(mismatch), "sgd_steps": len(metrics)}
+
+    def _old_log_probs(self, groups: list[Group]) -> dict[int, tuple[float, ...]]:
+        samples = [sample for group in groups for sample in group.samples]
+        source = self._config.loss.old_log_probs
+        if source == "current":
+            return {}
+        if source == "engine":
+            return {id(sample): tuple(sample.log_probs) for sample in samples}
+        with self._spans.span("old_log_probs"):
+            values = self._score([_sequence(sample, 0.0) for sample in samples], "log_probs_T")
+        return {id(sample): tuple(map(float, row)) for sample, row in zip(samples, values, strict=True)}
+
+    def _optimizer_step(
+        self, sequences: list[Sequence], alpha: float, learning_rate: float
+    ) -> tuple[dict[str, float], list[np.ndarray]]:
+        num_tokens = sum(len(s.tokens) - s.num_prompt_tokens for s in sequences)
+        with self._spans.span("pack"):
+            layout, batches = self._pack(sequences)
+        with self._spans.span("update"):
+            results = self._cluster.update(
+                batches, entropy_coefficient=alpha, num_tokens=num_tokens, lr=learning_rate
+            )
+        names = results[0].sums
+        totals = {name: sum(result.sums[name] for result in results) / num_tokens for name in names}
+        log_probs = _in_order(sequences, batches, [result.values for result in results], "log_probs_T")
+        return {
+            "loss": sum(result.loss for result in results),
+            "grad_norm": results[0].grad_norm,
+            "entropy/vocabulary": totals.pop("entropy"),
+            "clip_fraction": totals.pop("clipped"),
+            **{f"loss/{name}": value for name, value in totals.items()},
+            "tokens": sum(len(s.tokens) for s in sequences),
+            "packing/imbalance": layout.imbalance,
+        }, log_probs
+
+    def _pack(self, sequences: list[Sequence]) -> tuple[Plan, list[list[MicroBatch]]]:
+        alignment = self._config.parallel.tp
+        layout = plan(
+            [len(sequence.tokens) for sequence in sequences],
+            num_ranks=self._config.dp,
+            token_budget=self._config.parallel.token_budget,
+            alignment=alignment,
+            linear_work=self._architecture.linear_work,
+        )
+        batches = [[pack(sequences, ids, alignment=alignment) for ids in rank] for rank in layout.micro_batches]
+        return layout, batches
+
+    def _score(self, sequences: list[Sequence], quantity: str) -> list[np.ndarray]:
+        _, batches = self._pack(sequences)
+        return _in_order(sequences, batches, self._cluster.log_probs(batches), quantity)
+
+    def probe(self, tokens: list[int]) -> tuple[float, float]:
+        """(mean, max) |engine - actor| log-prob of tokens[1:] over all engines, at temperature 1."""
+        sequence = Sequence(tuple(tokens), 1, 0.0, None)
+        empty: list[int] = []
+        batches = [[pack([sequence], ids, alignment=self._config.parallel.tp)] for ids in [[0], *[empty] * (self._config.dp - 1)]]
+        values = self._cluster.log_probs(batches, temperature=1.0)
+        actor = _in_order([sequence], batches, values, "log_probs_T")[0]
+        gaps = [np.abs(np.array(engine) - actor) for engine in self._cluster.engine_log_probs(tokens)]
+        return float(max(gap.mean() for gap in gaps)), float(max(gap.max() for gap in gaps))
+
+
+def _sequence(sample: Sample, advantage: float, old: tuple[float, ...] | None = None) -> Sequence:
+    return Sequence((*sample.prompt.tokens, *sample.tokens), len(sample.prompt.tokens), advantage, old)
+
+
+def _in_order(
+    sequences: list[Sequence], batches: list[list[MicroBatch]], values: list[list[TokenValues]], quantity: str
+) -> list[np.ndarray]:
+    """Values of the response tokens, per sequence, in the order of `sequences`."""
+    rows: list[np.ndarray] = [np.zeros(0)] * len(sequences)
+    for batch, value in zip(itertools.chain(*batches), itertools.chain(*values), strict=True):
+        pieces = unpack_response_values(getattr(value, quantity), batch, sequences)
+        for place, piece in zip(batch.sequence_ids, pieces, strict=True):
+            rows[place] = np.asarray(piece)
+    return rows
+
+
+def _mismatch_metrics(gaps: list[np.ndarray]) -> dict[str, float]:
+    """gaps: actor - engine log-prob per sequence. kl is k3 of engine against actor: exp(d) - d - 1."""
+    gap = np.concatenate(gaps)
+    return {
+        "mismatch/mean": float(np.abs(gap).mean()),
+        "mismatch/max": float(np.abs(gap).max()),
+        "mismatch/kl": float((np.exp(gap) - gap - 1).mean()),
+    }
+
+

@@ -1,0 +1,28 @@
+"""What every test may rely on: no network look-ups, quiet OpenMP threads, and a reason printed for each skip."""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+import pytest
+
+# Before torch and transformers are imported: both read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("slurm")]
+    if not marked:
+        return
+    from or1_megatron.parallel.device import has_cuda
+
+    no_gpu = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
+    no_slurm = pytest.mark.skip(reason="needs Slurm's sbatch on PATH; this machine has none")
+    for item in marked:
+        if item.get_closest_marker("gpu") and not has_cuda():
+            item.add_marker(no_gpu)
+        if item.get_closest_marker("slurm") and shutil.which("sbatch") is None:
+            item.add_marker(no_slurm)

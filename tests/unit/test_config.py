@@ -1,0 +1,116 @@
+"""The configuration: every key documented, every mistake one line that names place, value and fix."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from or1_megatron.config import Config, all_keys, load, to_yaml
+from or1_megatron.errors import UserError
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {path: /models/tiny}\nsteps: 7\n")
+    return path
+
+
+def test_defaults_recipe_and_overrides_in_this_order(recipe: Path):
+    config = load(recipe, ["steps=9", "optimizer.lr=1e-5", "data.train=[a.jsonl, b.jsonl]"])
+    assert config.steps == 9
+    assert config.optimizer.lr == 1e-5
+    assert config.data.train == ["a.jsonl", "b.jsonl"]
+    assert config.rollout.group_size == Config().rollout.group_size
+    assert load(recipe).steps == 7
+
+
+def test_saved_configuration_loads_back_equal(recipe: Path, tmp_path: Path):
+    config = load(recipe, ["rollout.stop=['\\n', ': #']", "name='a: b'", "optimizer.lr=3e-7"])
+    saved = tmp_path / "saved.yaml"
+    saved.write_text(to_yaml(config))
+    assert load(saved) == config
+
+
+def test_every_key_is_documented():
+    keys = all_keys()
+    assert len(keys) > 50
+    for key in keys:
+        assert key.meaning and key.meaning[-1] != ".", key.name
+        assert not key.choices or key.default in key.choices, key.name
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("optimizer.lrr=1", "did you mean optimizer.lr?"),
+        ("group_size=4", "rollout.group_size"),
+        ("zzzqqq=4", "lists all keys"),
+        ("steps", "is not key=value"),
+        ("optimizer=3", "optimizer is a section"),
+        ("steps=many", "steps"),
+        ("model.dtype=fp16", "model.dtype='fp16' is not one of fp32, bf16"),
+        ("steps=0", "steps=0 must be above 0"),
+        ("rollout.temperature=0", "rollout.temperature=0.0 must be above 0"),
+        ("optimizer.weight_decay=-1", "must be 0 or more"),
+        ("rollout.group_size=1", "use 2 or more"),
+        ("rollout.top_p=1.5", "(0, 1]"),
+        ("rollout.max_generated_factor=0.5", "at least 1"),
+        ("parallel.tp=3", "does not divide parallel.num_ranks=1"),
+        ("parallel.token_budget=100", "use at least 1024"),
+        ("loss.mini_batch_size=48", "use 1, 2, 4, 8, 16, 32 or 64"),
+        ("loss.num_reuse=2", "use recompute or engine"),
+    ],
+)
+def test_a_bad_override_gets_one_line(recipe: Path, override: str, words: str):
+    base = ["rollout.context_length=1024", "parallel.token_budget=1024"]
+    assert load(recipe, base).rollout.context_length == 1024
+    with pytest.raises(UserError) as error:
+        load(recipe, [*base, override])
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("steps: [", "is not valid YAML"),
+        ("- steps", "holds a list"),
+        ("steps: 3", "model.path must be set"),
+        ("model: {path: x, nme: y}", "unknown key model.nme"),
+    ],
+)
+def test_a_bad_recipe_gets_one_line_with_its_name(tmp_path: Path, text: str, words: str):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        load(path)
+    assert words in str(error.value) and "bad.yaml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_recipe_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"none\.yaml does not exist"):
+        load(tmp_path / "none.yaml")
+
+
+def test_off_policy_arithmetic(recipe: Path):
+    config = load(
+        recipe,
+        ["rollout.context_length=1024", "parallel.token_budget=1024", "rollout.rollout_batch_size=64"]
+        + ["loss.mini_batch_size=16", "loss.num_reuse=2", "loss.old_log_probs=recompute"]
+        + ["parallel.num_ranks=8", "parallel.tp=2", "parallel.pp=2"],
+    )
+    assert config.num_sgd_steps == 8  # 64 / 16 * 2
+    assert config.dp == 2
+
+
+def test_yaml_holds_every_key(recipe: Path):
+    config = load(recipe, ["rollout.context_length=1024"])
+    tree = yaml.safe_load(to_yaml(config))
+    for key in all_keys():
+        value = tree
+        for part in key.name.split("."):
+            value = value[part]

@@ -1,0 +1,172 @@
+"""The run folder: complete or absent, never overwritten, and resumable from what it holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet
+import pytest
+
+from or1_megatron.config import Config, load
+from or1_megatron.errors import UserError
+from or1_megatron.runfolder import RunFolder, git_state
+from or1_megatron.types import Group, Prompt, Sample
+
+
+def make_config(tmp_path: Path, *overrides: str) -> Config:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("model: {path: /models/tiny}\nrollout: {context_length: 1024}\n")
+    return load(recipe, [f"runs_dir={tmp_path / 'runs'}", *overrides])
+
+
+def make_groups() -> list[Group]:
+    prompt = Prompt("gsm8k/7", "2 + 5 =", (1, 2, 3), ("7",), "gsm8k")
+    samples = [
+        Sample(prompt, 0, [4, 5], [-0.1, -0.2], " 7\n", "stop", 3, "correct", 1.0),
+        Sample(prompt, 1, [4, 5, 6], [-0.1, -0.2, -0.3], " ünd\u2028so", "length", 3, "wrong", 0.0),
+    ]
+    return [Group(prompt, samples)]
+
+
+def test_create_writes_everything_and_open_finds_it(tmp_path: Path):
+    config = make_config(tmp_path, "name=trial", "steps=3")
+    run = RunFolder.create(config)
+    assert run.path.parent == tmp_path / "runs" and run.path.name.startswith("trial-20")
+    assert run.logs.is_dir() and run.checkpoints.is_dir() and run.rollouts.is_dir()
+    versions = json.loads((run.path / "versions.json").read_text())
+    assert versions["python"].startswith("3.") and "torch" in versions
+    assert RunFolder.open(run.path).config == config
+    assert not list(run.path.rglob("*.tmp"))
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path: Path):
+    config = make_config(tmp_path)
+    assert len({RunFolder.create(config).path for _ in range(3)}) == 3
+
+
+def test_a_given_folder_must_be_free(tmp_path: Path):
+    config = make_config(tmp_path, f"run_dir={tmp_path / 'mine'}")
+    assert RunFolder.create(config).path == tmp_path / "mine"
+    before = sorted(path.name for path in (tmp_path / "mine").iterdir())
+    with pytest.raises(UserError, match="not empty.*--resume"):
+        RunFolder.create(config)
+    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == before
+
+
+@pytest.mark.parametrize("key", ["run_dir", "runs_dir"])
+def test_a_file_in_the_way_is_named(tmp_path: Path, key: str):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=f"{key}=.*file.*choose another"):
+        RunFolder.create(make_config(tmp_path, f"{key}={tmp_path / 'file' / 'below'}"))
+
+
+def test_open_wants_a_run_folder(tmp_path: Path):
+    with pytest.raises(UserError, match="does not exist"):
+        RunFolder.open(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no config.yaml"):
+        RunFolder.open(tmp_path)
+
+
+def test_overrides_of_a_resumed_run_can_be_kept(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path, "steps=3"))
+    run.save_config(load(run.path / "config.yaml", ["steps=5"]))
+    assert RunFolder.open(run.path).config.steps == 5
+
+
+def test_metrics_are_one_valid_json_line_a_step(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path))
+    run.log_metrics(1, {"reward/mean": 0.5, "loss": math.nan, "grad_norm": math.inf, "groups/kept": 4, "note": "x"})
+    run.log_metrics(2, {"step": 2, "reward/mean": 0.75})
+    run.close()
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    strict = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
+    assert strict[0] == {
+        "step": 1, "reward/mean": 0.5, "loss": None, "grad_norm": None, "groups/kept": 4, "note": "x",
+    }  # fmt: skip
+    assert strict[1] == {"step": 2, "reward/mean": 0.75}
+    assert run.read_metrics() == strict
+
+
+def test_tensorboard_holds_the_same_numbers_and_forgets_with_rewind(tmp_path: Path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = RunFolder.create(make_config(tmp_path))
+    for step in (1, 2, 3):
+        run.log_metrics(step, {"reward/mean": step / 10})
+    run.close()
+    run = RunFolder.open(run.path)
+    run.rewind(1)
+    run.log_metrics(2, {"reward/mean": 0.9})
+    run.close()
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, round(event.value, 3)) for event in events.Scalars("reward/mean")] == [(1, 0.1), (2, 0.9)]
+
+
+def test_rewind_drops_later_steps_and_a_torn_line(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path))
+    for step in (1, 2, 3):
+        run.log_metrics(step, {"reward/mean": step / 10})
+    run.close()
+    with (run.path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "rew')
+    run = RunFolder.open(run.path)
+    run.rewind(2)
+    assert [metrics["step"] for metrics in run.read_metrics()] == [1, 2]
+    run.log_metrics(3, {})
+    run.close()
+    assert [metrics["step"] for metrics in run.read_metrics()] == [1, 2, 3]
+
+
+def test_rollouts_hold_every_response(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path))
+    path = run.save_rollouts(12, make_groups())
+    assert path == run.rollouts / "step-000012.parquet"
+    rows = pyarrow.parquet.read_table(path).to_pylist()
+    assert [row["response"] for row in rows] == [" 7\n", " ünd\u2028so"]
+    assert rows[0] == {
+        "step": 12, "uid": "gsm8k/7", "data_source": "gsm8k", "index": 0, "prompt": "2 + 5 =", "response": " 7\n",
+        "reward": 1.0, "verdict": "correct", "finish_reason": "stop", "length": 2, "weight_version": 3,
+    }  # fmt: skip
+    assert pyarrow.parquet.read_table(run.save_rollouts(13, [])).schema == pyarrow.parquet.read_table(path).schema
+
+
+def test_a_full_disk_leaves_no_half_file(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path))
+    before = (run.path / "config.yaml").read_text()
+    script = (
+        "import resource, signal, sys\n"
+        "from or1_megatron.runfolder import RunFolder\n"
+        "run = RunFolder.open(sys.argv[1])\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "run.save_config(run.config)\n"
+    )
+    root = str(Path(__file__).resolve().parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(run.path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"},
+    )
+    assert "File too large" in done.stderr
+    assert (run.path / "config.yaml").read_text() == before
+    assert not list(run.path.rglob("*.tmp"))
+
+
+def test_git_state_of_a_checkout_and_outside_of_one(tmp_path: Path):
+    assert git_state(tmp_path) is None
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@t"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    assert git_state(tmp_path) is None  # no commit yet
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    state = git_state(tmp_path)
+    assert state and len(state["commit"]) == 40 and not state["dirty"]
+    (tmp_path / "new").write_text("")
+    state = git_state(tmp_path)
+    assert state and state["dirty"]
