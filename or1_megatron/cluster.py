@@ -33,7 +33,6 @@ class Cluster:
     def __init__(self, config: Config, run_dir: Path, *, with_actor: bool = True):
         self.config = config
         self.dims = Dims(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.dp)
-        self.weight_version = 0
         self.stop_requested: Callable[[], bool] = lambda: False
         self._run_dir = run_dir
         self._with_actor = with_actor
@@ -116,10 +115,9 @@ class Cluster:
         ]
         yield from self._drain(streams, interruptible=True)
 
-    def push_weights(self) -> None:
-        """Actor weights -> every engine, bucket by bucket; the engines' next samples carry the new version."""
-        self.weight_version += 1
-        self._wait([engine.begin_weights.remote(self.weight_version) for engine in self._engines])
+    def push_weights(self, version: int) -> None:
+        """Actor weights -> every engine, bucket by bucket; the engines' next samples carry `version`."""
+        self._wait([engine.begin_weights.remote(version) for engine in self._engines])
         size = self.config.rollout.bucket_mb * 2**20
         streams = [
             rank.weight_buckets.options(num_returns="streaming", _generator_backpressure_num_objects=2).remote(size)

@@ -57,17 +57,17 @@ def train(config: Config, resume: Path | None = None) -> int:
             with spans.span("save"):
                 return runstate.save(folder.checkpoints, state, cluster, architecture, config.keep_checkpoints)
 
-        def sync(step: int) -> dict[str, float]:
+        def sync(completed: int) -> dict[str, float]:
             display.phase("syncing weights")
             with spans.span("sync"):
-                cluster.push_weights()
-            return probe(config, updater, prompts[0], step, cluster.weight_version, spans)
+                cluster.push_weights(version=completed)
+            return probe(config, updater, prompts[0], completed, spans)
 
         started = time.monotonic()
         try:
             for step in range(state.step + 1, config.steps + 1):
                 with spans.span("step"):
-                    metrics = sync(step)
+                    metrics = sync(step - 1)
                     metrics |= evaluator.run_if_due(step - 1, display)
                     display.phase("rollout")
                     rollout = collect(config, cluster, rewards, stream, spans)
@@ -144,16 +144,16 @@ def learning_rate(config: Config, step: int) -> float:
     return config.optimizer.lr * min(1.0, step / warmup if warmup else 1.0)
 
 
-def probe(config: Config, updater: Updater, prompt: Prompt, step: int, version: int, spans: Spans) -> dict[str, float]:
+def probe(config: Config, updater: Updater, prompt: Prompt, completed: int, spans: Spans) -> dict[str, float]:
     """Engine against actor log-probs of a fixed text after a push. Raises RunFailure beyond the tolerance."""
     interval = config.rollout.probe_interval
-    if not interval or version % interval:
+    if not interval or completed % interval:
         return {}
     with spans.span("probe"):
         mean, largest = updater.probe(list(prompt.tokens[:256]))
     if not mean <= config.probe_tolerance:
         raise RunFailure(
-            f"step {step}: engine and actor disagree after the weight push: mean |delta log p| {mean:.2g} "
+            f"after step {completed} engine and actor disagree on the pushed weights: mean |delta log p| {mean:.2g} "
             f"(max {largest:.2g}) exceeds {config.probe_tolerance:.2g}; the engine does not hold the actor's weights"
         )
     return {"probe/mean": mean, "probe/max": largest}

@@ -39,7 +39,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 def check_source(path: str, source: str) -> list[str]:
     """The broken rules of one file; `path` is relative to the repository, with slashes."""
     tree = ast.parse(source)
-    imports = [(node.lineno, name) for node in ast.walk(tree) for name in _imported_names(path, node)]
+    imports = [(line, name) for node in ast.walk(tree) for line, name in _imported_names(path, node)]
     found = _check_names_and_sizes(path, source, tree)
     found += _check_heavy(path, imports)
     found += _check_device_seam(path, tree)
@@ -48,18 +48,18 @@ def check_source(path: str, source: str) -> list[str]:
     return found
 
 
-def _imported_names(path: str, node: ast.AST) -> list[str]:
-    """Absolute dotted names that one node imports; `from a import b` gives a.b, which may be a module or not."""
+def _imported_names(path: str, node: ast.AST) -> list[tuple[int, str]]:
+    """(line, absolute dotted name) of all that one node imports; `from a import b` gives a.b, a module or not."""
     if isinstance(node, ast.Import):
-        return [alias.name for alias in node.names]
+        return [(node.lineno, alias.name) for alias in node.names]
     if isinstance(node, ast.ImportFrom):
         package = path.removesuffix(".py").split("/")[: -node.level] if node.level else []
         base = ".".join([*package, *([node.module] if node.module else [])])
-        return [f"{base}.{alias.name}" for alias in node.names]
+        return [(node.lineno, f"{base}.{alias.name}") for alias in node.names]
     if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        called = ast.unparse(node.func).rpartition(".")[2]
         if called in ("import_module", "__import__"):
-            return [str(node.args[0].value)]
+            return [(node.lineno, str(node.args[0].value))]
     return []
 
 
@@ -102,15 +102,13 @@ def _check_heavy(path: str, imports: list[tuple[int, str]]) -> list[str]:
 def _check_device_seam(path: str, tree: ast.Module) -> list[str]:
     if path == DEVICE_SEAM:
         return []
-    found = []
+    lines = []
     for node in ast.walk(tree):
-        asks = (
-            isinstance(node, ast.Attribute) and node.attr == "is_available" and ast.unparse(node.value).endswith("cuda")
-        )
-        taken = isinstance(node, ast.ImportFrom) and node.module == "torch.cuda"
-        if asks or (taken and any(alias.name == "is_available" for alias in node.names)):
-            found.append(f"{path}:{node.lineno}: asks torch for CUDA; only {DEVICE_SEAM} may, use its has_cuda()")
-    return found
+        if isinstance(node, ast.Attribute) and node.attr == "is_available" and ast.unparse(node.value).endswith("cuda"):
+            lines.append(node.lineno)
+        if isinstance(node, ast.ImportFrom) and node.module == "torch.cuda":
+            lines += [node.lineno for alias in node.names if alias.name == "is_available"]
+    return [f"{path}:{line}: asks torch for CUDA; only {DEVICE_SEAM} may, use its has_cuda()" for line in lines]
 
 
 def _check_names_and_sizes(path: str, source: str, tree: ast.Module) -> list[str]:

@@ -14,7 +14,7 @@ from or1_megatron.errors import UserError
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text("model: {path: /models/tiny}\nsteps: 7\n")
+    path.write_text("model: {path: /models/tiny}\nrollout: {context_length: 1024}\nsteps: 7\n")
     return path
 
 
@@ -108,7 +108,7 @@ def test_off_policy_arithmetic(recipe: Path):
 
 
 def test_yaml_holds_every_key(recipe: Path):
-    config = load(recipe, ["rollout.context_length=1024"])
+    config = load(recipe)
     tree = yaml.safe_load(to_yaml(config))
     for key in all_keys():
         value = tree

@@ -63,7 +63,7 @@ PACKAGE_DEFECTS: list[tuple[dict[str, str | None], str, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "level", "name", "fix"), PACKAGE_DEFECTS, ids=lambda v: str(v))
+@pytest.mark.parametrize(("changes", "level", "name", "fix"), PACKAGE_DEFECTS, ids=str)
 def test_package_defects(changes: dict[str, str | None], level: str, name: str, fix: str):
     (check,) = not_ok(with_packages(**changes))
     assert (check.level, check.name) == (level, name)

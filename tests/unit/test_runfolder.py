@@ -152,6 +152,7 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path):
         [sys.executable, "-c", script, str(run.path)],
         capture_output=True,
         text=True,
+        check=False,
         env={**os.environ, "PYTHONPATH": root, "PYTHONDONTWRITEBYTECODE": "1"},
     )
     assert "File too large" in done.stderr

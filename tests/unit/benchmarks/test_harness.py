@@ -40,8 +40,13 @@ def test_no_round_is_begun_that_would_not_end_in_time():
 
 @pytest.mark.parametrize(
     ("value", "target", "better", "verdict"),
-    [(2.0, 1.5, "higher", "holds"), (1.0, 1.5, "higher", "falls short"), (1.0, 1.5, "lower", "holds"), (2.0, 1.5, "lower", "falls short")],
-)  # fmt: skip
+    [
+        (2.0, 1.5, "higher", "holds"),
+        (1.0, 1.5, "higher", "falls short"),
+        (1.0, 1.5, "lower", "holds"),
+        (2.0, 1.5, "lower", "falls short"),
+    ],
+)
 def test_marks(value: float, target: float, better, verdict: str):
     bench = Benchmark("b", "d")
     bench.mark("speed", lambda: value, target, better)

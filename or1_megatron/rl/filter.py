@@ -1,0 +1,19 @@
+"""Rejection sampling (3.1): a group whose rewards are all equal has no advantage and is dropped whole."""
+
+from __future__ import annotations
+
+from or1_megatron.types import Group
+
+
+def is_informative(group: Group) -> bool:
+    """Whether any response of the group has a non-zero advantage."""
+    return max(group.rewards) != min(group.rewards)
+
+
+def refill_size(*, kept: int, wanted: int, generated: int, limit: int) -> int:
+    """How many more prompts to roll out: the missing ones, never beyond `limit` prompts in all.
+
+    Asking for exactly the missing number leaves no surplus: a group sampled now and trained on a step later would
+    be off-policy.
+    """
+    return max(0, min(wanted - kept, limit - generated))
