@@ -23,7 +23,7 @@ Problem = tuple[str, str]  # response, ground truth
 
 
 def responses(count: int, size: int, seed: int) -> list[Problem]:
-    """`count` responses of about `size` characters: reasoning with formulas, then a boxed answer."""
+    """`count` responses, a multiple of 4, of about `size` characters: reasoning with formulas, then a boxed answer."""
     source = random.Random(seed)
     made = []
     for index in range(count):
@@ -55,7 +55,7 @@ def build(bench: Benchmark, quick: bool) -> None:
     service = bench.stack.enter_context(RewardService(NUM_WORKERS, TIMEOUT_S, MEMORY_MB, logs))
     pool = bench.stack.enter_context(multiprocessing.get_context("spawn").Pool(NUM_WORKERS))
 
-    for name, size, count in (("short", 120, 400), ("15 KB", 15_000, 60)):
+    for name, size, count in (("short", 120, 800), ("15 KB", 15_000, 400)):
         problems = responses(count // 4 if quick else count, size, seed=size)
 
         def through_service(problems: list[Problem] = problems) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from safetensors import safe_open
 
 from or1_megatron.errors import RunFailure
@@ -164,7 +165,7 @@ class Engine:
 
 
 def _start_vllm(spec: EngineSpec) -> Any:
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ |= {name: value for name, value in _QUIET.items() if name not in os.environ}
     options: dict[str, Any] = {}
     if device.has_cuda():
@@ -172,6 +173,7 @@ def _start_vllm(spec: EngineSpec) -> Any:
     else:
         os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(spec.num_threads)}
         device.set_num_threads(spec.num_threads)
+        torch._dynamo.config.disable = True  # else the first batch waits 20 s for C++ compiled for the log-probs
         options["kv_cache_memory_bytes"] = int(spec.kv_cache_gb * 2**30)
         options["block_size"] = _CPU_BLOCK_SIZE
     from vllm import LLM
