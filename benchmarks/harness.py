@@ -133,7 +133,7 @@ class Benchmark:
         lines.append(f"{'':{width}}  kind   {'min s':>10} {'median s':>10} {'best rate':>12} {'median rate':>12}  runs")
         for case in self.cases:
             lines.append(
-                f"{case.label:{width}}  {case.kind:5}  {case.best:10.4f} {case.median:10.4f} "
+                f"{case.label:{width}}  {case.kind:5}  {case.best:10.4g} {case.median:10.4g} "
                 f"{case.rate:12,.1f} {case.median_rate:12,.1f}  {len(case.seconds):4}  {case.unit}/s"
             )
         return "\n".join([*lines, *self.notes])

@@ -1,14 +1,19 @@
 """Math checks per second: the reward service against a plain process pool that calls Math-Verify, and `==`.
 
 The pool is what a trainer has without a service: no deadline kept by the parent, no separate verdicts, and the whole
-response is parsed. Half of the responses are right, none of them letter for letter.
+response is parsed. As in training, 16 responses share a ground truth, and every run brings new problems. Half of the
+responses are right, none of them letter for letter.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
+import multiprocessing.pool
 import random
 import tempfile
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from harness import Benchmark, main
@@ -18,16 +23,20 @@ from or1_megatron.reward.service import RewardService
 NUM_WORKERS = 2
 TIMEOUT_S = 10.0
 MEMORY_MB = 4096
+GROUP_SIZE = 16
+NUM_BATCHES = 8  # one a round, the warm-up included
 
 Problem = tuple[str, str]  # response, ground truth
 
 
 def responses(count: int, size: int, seed: int) -> list[Problem]:
-    """`count` responses, a multiple of 4, of about `size` characters: reasoning with formulas, then a boxed answer."""
+    """`count` responses, a multiple of 16, of about `size` characters: reasoning with formulas, a boxed answer."""
     source = random.Random(seed)
     made = []
+    a = b = 0
     for index in range(count):
-        a, b = source.randint(2, 99), source.randint(2, 99)
+        if index % GROUP_SIZE == 0:
+            a, b = source.randint(2, 999), source.randint(2, 999)
         truth, answer = (
             rf"\frac{{{a}}}{{{b}}}",
             [rf"\frac{{{2 * a}}}{{{2 * b}}}", f"{a}/{b}", f"{a}", rf"\frac{{{a}}}{{{b + 1}}}"],
@@ -50,29 +59,36 @@ def check_directly(problem: Problem) -> float:
     return float(verify(parse(rf"\boxed{{{truth}}}"), parse(response)))
 
 
+def through_service(service: RewardService, left: Iterator[list[Problem]]) -> None:
+    futures = [service.submit(response, (truth,)) for response, truth in next(left)]
+    assert sum(future.result().reward for future in futures) == len(futures) / 2
+
+
+def through_pool(pool: multiprocessing.pool.Pool, left: Iterator[list[Problem]]) -> None:
+    rewards = pool.map(check_directly, next(left), chunksize=1)
+    assert sum(rewards) == len(rewards) / 2
+
+
+def by_equality(left: Iterator[list[Problem]]) -> None:
+    for response, truth in next(left):
+        _ = response.rpartition(r"\boxed{")[2].partition("}$")[0] == truth
+
+
 def build(bench: Benchmark, quick: bool) -> None:
     logs = Path(bench.stack.enter_context(tempfile.TemporaryDirectory()))
     service = bench.stack.enter_context(RewardService(NUM_WORKERS, TIMEOUT_S, MEMORY_MB, logs))
     pool = bench.stack.enter_context(multiprocessing.get_context("spawn").Pool(NUM_WORKERS))
-
     for name, size, count in (("short", 120, 800), ("15 KB", 15_000, 400)):
-        problems = responses(count // 4 if quick else count, size, seed=size)
-
-        def through_service(problems: list[Problem] = problems) -> None:
-            futures = [service.submit(response, (truth,)) for response, truth in problems]
-            assert sum(future.result().reward for future in futures) == len(problems) / 2
-
-        def through_pool(problems: list[Problem] = problems) -> None:
-            pool.map(check_directly, problems, chunksize=1)
-
-        def by_equality(problems: list[Problem] = problems) -> None:
-            for response, truth in problems:
-                _ = response.rpartition(r"\boxed{")[2].partition("}$")[0] == truth
-
-        ours = bench.case(f"service, {name}", through_service, amount=len(problems), unit="checks")
-        peer = bench.case(f"pool of Math-Verify, {name}", through_pool, "peer", len(problems), "checks")
-        bench.case(f"string equality, {name}", by_equality, "floor", len(problems), "checks")
-        if name == "15 KB":
+        amount = count // 5 if quick else count
+        batches = [responses(amount, size, seed) for seed in range(NUM_BATCHES)]
+        service_run = partial(through_service, service, itertools.cycle(batches))
+        pool_run = partial(through_pool, pool, itertools.cycle(batches))
+        ours = bench.case(f"service, {name}", service_run, "ours", amount, "checks")
+        peer = bench.case(f"pool of Math-Verify, {name}", pool_run, "peer", amount, "checks")
+        bench.case(
+            f"string equality, {name}", partial(by_equality, itertools.cycle(batches)), "floor", amount, "checks"
+        )
+        if size == 15_000:
             bench.mark("service_over_pool_15KB", lambda ours=ours, peer=peer: ours.rate / peer.rate, target=1.0)
 
 

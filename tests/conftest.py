@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -26,3 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(no_gpu)
         if item.get_closest_marker("slurm") and shutil.which("sbatch") is None:
             item.add_marker(no_slurm)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, fetched once into .cache/models."""
+    from launch.fetch_model import FetchError, fetch_smollm2
+
+    try:
+        return fetch_smollm2(Path(__file__).parents[1] / ".cache" / "models")
+    except FetchError as error:
+        pytest.skip(f"SmolLM2 cannot be had here: {error}")

@@ -38,7 +38,7 @@ def write_tiny_model(
     *,
     tied: bool,
     layers: int = 2,
-    hidden: int = 64,
+    hidden: int = 128,
     heads: int = 4,
     kv_heads: int = 2,
     vocab: int = 320,
@@ -48,7 +48,7 @@ def write_tiny_model(
     """Writes a float32 checkpoint of `family` (llama, qwen2 or qwen3) and its tokenizer; returns `directory`.
 
     `vocab` >= 259: the 256 bytes, bos, eos and pad; ids above those never come out of the tokenizer. `head_dim`
-    may differ from hidden / heads in llama and qwen3 only.
+    may differ from hidden / heads in llama and qwen3 only; vLLM on a CPU needs 32 or more, as with the defaults.
     """
     assert vocab > PAD, f"vocab={vocab} cannot hold 256 bytes and three special tokens"
     config_class, model_class = FAMILIES[family]

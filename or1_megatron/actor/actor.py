@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer, get_standard_config_overrides
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
@@ -53,7 +53,9 @@ class MegatronActor:
             ),
             module=Float16Module(settings, model) if self._bf16 else model,
         )
-        self.optimizer = get_megatron_optimizer(self._optimizer_config(), [self.model])
+        wanted = self._optimizer_config()
+        # Megatron's standard exceptions: norms and biases are not decayed.
+        self.optimizer = get_megatron_optimizer(wanted, [self.model], get_standard_config_overrides(wanted))
         checkpoint.initialise_state(self.optimizer)
         settings.grad_scale_func = self.optimizer.scale_loss
         # The denominator N is in the loss already, so Megatron must not divide by its own token count.
@@ -101,6 +103,7 @@ class MegatronActor:
         outputs = self._schedule(micro_batches, loss, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+            group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
         applied, grad_norm, _ = self.optimizer.step()
         if not applied or grad_norm is None or not np.isfinite(grad_norm):
             raise RuntimeError(f"optimizer step not applied: gradient norm {grad_norm}")

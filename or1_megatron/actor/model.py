@@ -77,7 +77,11 @@ def transformer_config(config: Config, architecture: Architecture, softmax_scale
         variable_seq_lengths=True,
         moe_token_dispatcher_type="alltoall",
         calculate_per_token_loss=True,
-        perform_initialization=False,
+        # Weights come from the checkpoint. perform_initialization=False would also skip marking the sharded
+        # parameters, and the gradient norm would then count one tensor rank's shard only.
+        init_method=_leave_as_is,
+        output_layer_init_method=_leave_as_is,
+        embedding_init_method=_leave_as_is,
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=has_cuda(),
@@ -87,6 +91,10 @@ def transformer_config(config: Config, architecture: Architecture, softmax_scale
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
     )
+
+
+def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def build_model(config: Config, architecture: Architecture, mesh: Mesh) -> GPTModel:

@@ -38,7 +38,8 @@ def plan(lengths: Seq[int], *, num_ranks: int, token_budget: int, alignment: int
     for index, length in enumerate(lengths):
         if aligned(length, alignment) > token_budget:
             raise UserError(
-                f"sequence {index} has {aligned(length, alignment)} tokens, above parallel.token_budget={token_budget}; raise it"
+                f"sequence {index} has {length} tokens, {aligned(length, alignment)} when padded to a multiple of "
+                f"{alignment}, above parallel.token_budget={token_budget}; use at least {aligned(length, alignment)}"
             )
     work = [linear_work * length + length * length for length in lengths]
     longest_first = sorted(range(len(lengths)), key=lambda i: (-work[i], i))
@@ -74,7 +75,8 @@ def _fill(mine: list[int], lengths: Seq[int], token_budget: int, alignment: int)
 def pack(sequences: Seq[Sequence], ids: Seq[int], *, alignment: int) -> MicroBatch:
     """The sequences `ids`, end to end, each padded to a multiple of `alignment` with tokens of weight 0.
 
-    What belongs to a response token stands at the position that predicts it. No ids: one aligned stretch of padding.
+    What belongs to a response token stands at the position that predicts it. No ids: one aligned stretch of padding,
+    which still has to run through the model where other ranks have work. Every prompt has at least one token.
     """
     chosen = [sequences[i] for i in ids]
     stretches = [aligned(len(sequence.tokens), alignment) for sequence in chosen] or [max(alignment, 2)]
@@ -83,16 +85,18 @@ def pack(sequences: Seq[Sequence], ids: Seq[int], *, alignment: int) -> MicroBat
     tokens, labels = np.zeros(total, np.int64), np.zeros(total, np.int64)
     weights, advantages, old = (np.zeros(total, np.float32) for _ in range(3))
     positions = np.concatenate([np.arange(length) for length in stretches])
-    has_old = [sequence.old_log_probs is not None for sequence in sequences]
-    assert all(has_old) or not any(has_old), "old log-probs for all sequences or for none"
+    off_policy = len(sequences) > 0 and sequences[0].old_log_probs is not None  # also of a pack of nothing
     for sequence, start in zip(chosen, offsets, strict=False):
         length = len(sequence.tokens)
+        assert 1 <= sequence.num_prompt_tokens <= length, sequence
+        assert (sequence.old_log_probs is not None) == off_policy, "old log-probs for all sequences or for none"
         predicts = slice(start + sequence.num_prompt_tokens - 1, start + length - 1)
         tokens[start : start + length] = sequence.tokens
         labels[start : start + length - 1] = sequence.tokens[1:]
         weights[predicts] = 1.0
         advantages[predicts] = sequence.advantage
         if sequence.old_log_probs is not None:
+            assert len(sequence.old_log_probs) == length - sequence.num_prompt_tokens, sequence
             old[predicts] = sequence.old_log_probs
     return MicroBatch(
         tokens_T=torch.from_numpy(tokens),
@@ -100,7 +104,7 @@ def pack(sequences: Seq[Sequence], ids: Seq[int], *, alignment: int) -> MicroBat
         labels_T=torch.from_numpy(labels),
         weights_T=torch.from_numpy(weights),
         advantages_T=torch.from_numpy(advantages),
-        old_log_probs_T=torch.from_numpy(old) if any(has_old) else None,
+        old_log_probs_T=torch.from_numpy(old) if off_policy else None,
         cu_seqlens=tuple(offsets),
         sequence_ids=tuple(ids),
     )

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 
 class EntropyController:
-    """Rules: `paper` (above), `fixed` (alpha = initial), `off` (alpha = 0)."""
+    """Rules: `paper` (above), `fixed` (alpha = initial, never clamped), `off` (alpha = 0)."""
 
     def __init__(self, *, rule: str, target: float, delta: float, initial: float, minimum: float, maximum: float):
         assert rule in ("paper", "fixed", "off"), rule
         self._rule, self._target, self._delta = rule, target, delta
         self._minimum, self._maximum = minimum, maximum
-        self._next = min(max(initial, minimum), maximum)
+        self._next = initial if rule == "fixed" else self._clamped(initial)
         self.coefficient = self._next  # c_k of the last call
 
     def alpha(self, e_k: float) -> float:
@@ -29,8 +29,11 @@ class EntropyController:
             return self.coefficient
         if e_k != self._target:
             step = self._delta if e_k < self._target else -self._delta
-            self._next = min(max(self.coefficient + step, self._minimum), self._maximum)
+            self._next = self._clamped(self.coefficient + step)
         return self.coefficient if e_k <= self._target else 0.0
+
+    def _clamped(self, coefficient: float) -> float:
+        return min(max(coefficient, self._minimum), self._maximum)
 
     def state_dict(self) -> dict[str, float]:
         return {"coefficient": self.coefficient, "next": self._next}

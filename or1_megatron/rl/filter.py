@@ -11,9 +11,9 @@ def is_informative(group: Group) -> bool:
 
 
 def refill_size(*, kept: int, wanted: int, generated: int, limit: int) -> int:
-    """How many more prompts to roll out: the missing ones, never beyond `limit` prompts in all.
+    """How many more prompts to roll out: the missing ones, never beyond `limit` generated prompts in all.
 
-    Asking for exactly the missing number leaves no surplus: a group sampled now and trained on a step later would
-    be off-policy.
+    At most all of them turn out informative, so exactly the missing number can never leave a surplus. A surplus
+    would have to be thrown away, unpaid rollout time, or trained on a step later, off-policy.
     """
     return max(0, min(wanted - kept, limit - generated))

@@ -32,14 +32,18 @@ def magic_loss(
 ) -> LossTerms:
     """old_log_probs_T None: on-policy, the ratio is 1 in value and carries the policy gradient.
 
-    num_tokens: N, response tokens of the whole mini-batch over all ranks and micro-batches.
+    num_tokens: N, response tokens of the whole mini-batch over all ranks and micro-batches. What stands where weights_T
+    is 0 has no influence, infinities and NaN included.
     """
-    # L = -(1/N) sum over all tokens = sum over ranks r and micro-batches m of -(1/N) sum over the tokens of (r, m):
-    # with N global each part is computed alone and gradients add, whatever the packing and the number of ranks.
-    used_T = weights_T > 0
-    log_probs_T = log_probs_T.masked_fill(~used_T, 0.0)
-    entropy_T = entropy_T.masked_fill(~used_T, 0.0)
-    old_T = log_probs_T.detach() if old_log_probs_T is None else old_log_probs_T.masked_fill(~used_T, 0.0)
+    #   L = -(1/N) sum_ijt l_ijt                           the recipe: N and the sum over the whole mini-batch
+    #     = -(1/N) sum_rank sum_micro-batch sum_t w_t l_t  each response token has weight 1 in exactly one micro-batch
+    #     = sum_rank sum_micro-batch [-(1/N) sum_t w_t l_t]
+    # The bracket is what is returned. It knows of the other tokens only N, so any packing over any number of ranks
+    # gives the same L and, gradients being linear, the same dL: parts are added, never averaged.
+    unused_T = weights_T == 0
+    log_probs_T, entropy_T = log_probs_T.masked_fill(unused_T, 0.0), entropy_T.masked_fill(unused_T, 0.0)
+    advantages_T = advantages_T.masked_fill(unused_T, 0.0)
+    old_T = log_probs_T.detach() if old_log_probs_T is None else old_log_probs_T.masked_fill(unused_T, 0.0)
     ratio_T = torch.exp(log_probs_T - old_T)
     unclipped_T = ratio_T * advantages_T
     clipped_T = ratio_T.clamp(1 - clip_low, 1 + clip_high) * advantages_T

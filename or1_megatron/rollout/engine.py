@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 from safetensors import safe_open
 
 from or1_megatron.errors import RunFailure
@@ -173,7 +172,9 @@ def _start_vllm(spec: EngineSpec) -> Any:
     else:
         os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(spec.num_threads)}
         device.set_num_threads(spec.num_threads)
-        torch._dynamo.config.disable = True  # else the first batch waits 20 s for C++ compiled for the log-probs
+        from torch._dynamo import config as compiler
+
+        compiler.disable = True  # else the first batch waits 20 s for C++ compiled for the log-probs
         options["kv_cache_memory_bytes"] = int(spec.kv_cache_gb * 2**30)
         options["block_size"] = _CPU_BLOCK_SIZE
     from vllm import LLM

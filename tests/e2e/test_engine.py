@@ -1,0 +1,186 @@
+"""The real vLLM engine on a tiny model in fp32: what it samples, what it reports, what it does with new weights."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from or1_megatron.errors import RunFailure
+from or1_megatron.parallel.bucket import pack_buckets
+from or1_megatron.rollout.engine import EngineSpec, SamplingSpec
+from or1_megatron.rollout.worker import RolloutWorker
+from or1_megatron.types import Group, Prompt, Sample
+from tests.tiny_models import EOS, byte_tokenizer, write_tiny_model
+
+CONTEXT = 96
+PROBE = list(b"Each engine must tell the same log-probs as the model it was given.")
+TOLERANCE = 1e-3
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"), "llama", tied=True)
+
+
+@pytest.fixture(scope="module")
+def worker(checkpoint):
+    return RolloutWorker(
+        EngineSpec(
+            model_path=str(checkpoint),
+            dtype="fp32",
+            context_length=CONTEXT,
+            seed=0,
+            kv_cache_gb=0.05,
+            gpu_memory_utilization=0.2,
+            max_batched_tokens=256,
+            enforce_eager=True,
+            num_threads=2,
+        )
+    )
+
+
+def prompt(text: str) -> Prompt:
+    return Prompt(uid=text, text=text, tokens=tuple(text.encode()), ground_truth=("",))
+
+
+def hf_log_probs(model: torch.nn.Module, tokens: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probs of tokens[1:]."""
+    with torch.no_grad():
+        logits = model(torch.tensor([tokens])).logits[0, :-1].float() / temperature
+    return logits.log_softmax(-1).gather(1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+def assert_log_probs_equal(sample: Sample, model: torch.nn.Module, temperature: float) -> None:
+    expected = hf_log_probs(model, [*sample.prompt.tokens, *sample.tokens], temperature)[
+        len(sample.prompt.tokens) - 1 :
+    ]
+    torch.testing.assert_close(torch.tensor(sample.log_probs), expected, atol=TOLERANCE, rtol=0)
+
+
+def perturbed(checkpoint, seed: int) -> torch.nn.Module:
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def push(worker: RolloutWorker, model: torch.nn.Module, version: int, leave_out: str = "") -> None:
+    """In buckets so small that the push takes many of them."""
+    worker.begin_weights(version)
+    tensors = ((name, tensor) for name, tensor in model.named_parameters() if name != leave_out)
+    for bucket in pack_buckets(((name, tensor.detach()) for name, tensor in tensors), 40_000):
+        worker.receive_bucket(bucket)
+    worker.finish_weights()
+
+
+def samples(groups: list[Group]) -> list[Sample]:
+    return [sample for group in groups for sample in group.samples]
+
+
+def test_samples_obey_limits_and_keep_the_token_that_ended_them(worker):
+    prompts = [prompt("1 + 1 ="), prompt("two and two make")]
+    letters = "abcdefghijklmnop"
+    sampling = SamplingSpec(temperature=2.0, top_p=1.0, max_response_length=24, stop=(*letters, "xy"))
+    groups = list(worker.generate(prompts, 8, sampling))
+
+    assert sorted(group.prompt.uid for group in groups) == sorted(p.uid for p in prompts)
+    for group in groups:
+        assert [sample.index for sample in group.samples] == list(range(8))
+        assert all(sample.prompt is group.prompt for sample in group.samples)
+    for sample in samples(groups):
+        assert 1 <= len(sample.tokens) == len(sample.log_probs) <= 24
+        decoded = byte_tokenizer().decode(sample.tokens, skip_special_tokens=True)
+        assert sample.text.rstrip("\ufffd") == decoded.rstrip("\ufffd")  # the engine drops half a character at the end
+        early = sample.text if sample.truncated else sample.text[:-1]
+        assert not set(early) & set(letters) and EOS not in sample.tokens[:-1]
+        if sample.truncated:
+            assert len(sample.tokens) == 24
+        else:
+            assert sample.tokens[-1] == EOS or sample.text.endswith((*letters, "xy"))
+    assert {sample.finish_reason for sample in samples(groups)} == {"stop", "length"}
+
+
+def test_end_of_sequence_is_part_of_the_response_and_the_context_is_the_limit(worker):
+    groups = list(worker.generate([prompt("count to ten")], 48, SamplingSpec(1.0, 1.0, 0)))
+    lengths = [sample.num_tokens for sample in samples(groups) if sample.truncated]
+    ended = [sample for sample in samples(groups) if not sample.truncated]
+    assert lengths and set(lengths) == {CONTEXT}
+    assert ended and all(sample.tokens.index(EOS) == len(sample.tokens) - 1 for sample in ended)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_samples_equal_the_models(worker, checkpoint, temperature):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    groups = list(worker.generate([prompt("what is 7?"), prompt("b")], 4, SamplingSpec(temperature, 1.0, 32)))
+    for sample in samples(groups):
+        assert_log_probs_equal(sample, model, temperature)
+
+
+def test_first_group_comes_while_others_still_run(worker):
+    short, long = prompt("x" * (CONTEXT - 2)), prompt("y")
+    groups = worker.generate([long, short], 4, SamplingSpec(1.0, 1.0, 0))
+    assert next(groups).prompt is short
+    assert worker._engine._llm.llm_engine.has_unfinished_requests()
+    groups.close()
+    assert not worker._engine._llm.llm_engine.has_unfinished_requests()
+
+
+def test_pushed_weights_are_the_ones_in_use(worker, checkpoint):
+    model = perturbed(checkpoint, seed=1)
+    cached = prompt("A prompt of more than one block of the key-value cache, asked before and after.")
+    sampling = SamplingSpec(1.0, 1.0, 4)
+    list(worker.generate([cached], 2, sampling))
+    before = torch.tensor(worker.prompt_log_probs(PROBE))
+    expected = hf_log_probs(model, PROBE)
+    assert (before - expected).abs().mean() > 0.1
+
+    push(worker, model, version=3)
+
+    after = torch.tensor(worker.prompt_log_probs(PROBE))
+    torch.testing.assert_close(after, expected, atol=TOLERANCE, rtol=0)
+    (group,) = worker.generate([cached], 2, sampling)
+    for sample in group.samples:
+        assert_log_probs_equal(sample, model, temperature=1.0)
+    assert [sample.weight_version for sample in group.samples] == [3, 3] and worker.ping() == 3
+
+
+def test_same_version_draws_the_same_samples_again(worker, checkpoint):
+    model = perturbed(checkpoint, seed=2)
+    drawn = []
+    for version in (4, 4, 5):
+        push(worker, model, version)
+        groups = worker.generate([prompt("3 + 4 ="), prompt("5 + 6 =")], 4, SamplingSpec(1.0, 1.0, 16))
+        drawn.append({(s.prompt.uid, s.index): s.tokens for s in samples(list(groups))})
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_untied_odd_vocabulary_with_biases(tmp_path):
+    """Qwen2's QKV biases and a vocabulary that vLLM pads."""
+    checkpoint = write_tiny_model(tmp_path / "qwen2", "qwen2", tied=False, vocab=261)
+    worker = RolloutWorker(EngineSpec(str(checkpoint), "fp32", CONTEXT, 0, 0.05, 0.2, 256, True, 2))
+    model = perturbed(checkpoint, seed=1)
+    push(worker, model, version=1)
+    got = torch.tensor(worker.prompt_log_probs(PROBE))
+    torch.testing.assert_close(got, hf_log_probs(model, PROBE), atol=TOLERANCE, rtol=0)
+
+
+def test_incomplete_push_is_an_error(worker, checkpoint):
+    with pytest.raises(RunFailure, match="lacks 1 tensors, first model.norm.weight"):
+        push(worker, perturbed(checkpoint, seed=3), version=6, leave_out="model.norm.weight")
+
+
+def test_sender_learns_that_the_loader_died(worker):
+    """Last: the engine is of no use afterwards."""
+    worker.begin_weights(7)
+    buckets = list(pack_buckets([(f"no.such.tensor.{i}", torch.zeros(8)) for i in range(8)], 32))
+    with pytest.raises(ValueError, match="no module or parameter named 'no'"):
+        for bucket in buckets:
+            worker.receive_bucket(bucket)
+        worker.finish_weights()

@@ -1,0 +1,113 @@
+"""What the ranks of test_actor.py run."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from or1_megatron.actor.actor import MegatronActor
+from or1_megatron.actor.model import named_entries
+from or1_megatron.config import Config
+from or1_megatron.parallel.bucket import unpack_bucket
+from or1_megatron.parallel.layout import unshard
+from or1_megatron.parallel.packing import pack, plan, unpack_response_values
+from or1_megatron.types import MicroBatch, Sequence
+
+ALPHA, LR = 0.05, 1e-2
+
+
+def my_batches(actor: MegatronActor, sequences: list[Sequence]) -> list[MicroBatch]:
+    config = actor.config
+    layout = plan(
+        [len(s.tokens) for s in sequences],
+        num_ranks=config.dp,
+        token_budget=config.parallel.token_budget,
+        alignment=config.parallel.tp,
+        linear_work=actor.architecture.linear_work,
+    )
+    return [pack(sequences, ids, alignment=config.parallel.tp) for ids in layout.micro_batches[actor.mesh.coordinates.dp]]
+
+
+def per_sequence(values: list | None, batches: list[MicroBatch], sequences: list[Sequence]) -> dict[int, torch.Tensor]:
+    rows: dict[int, torch.Tensor] = {}
+    for value, batch in zip(values or [], batches, strict=False):
+        pieces = unpack_response_values(value.log_probs_T, batch, sequences)
+        rows |= {i: torch.from_numpy(piece.copy()) for i, piece in zip(batch.sequence_ids, pieces, strict=True)}
+    return rows
+
+
+def gradients(actor: MegatronActor, batches: list[MicroBatch], num_tokens: int) -> dict[str, torch.Tensor]:
+    """This stage's gradients under their HF names, gathered over tensor ranks; whole only without data parallel."""
+    actor.model.zero_grad_buffer()
+    actor._schedule(batches, partial(actor._loss, entropy_coefficient=ALPHA, num_tokens=num_tokens), forward_only=False)
+    found: dict[str, torch.Tensor] = {}
+    for parameter, entry in named_entries(actor._gpt, actor.architecture, fused_norms=False):
+        grad = parameter.main_grad  # type: ignore[attr-defined]
+        shards = [grad]
+        if actor.mesh.dims.tp > 1 and entry.arrangement != "replicated":
+            shards = [torch.empty_like(grad) for _ in range(actor.mesh.dims.tp)]
+            torch.distributed.all_gather(shards, grad.contiguous(), group=actor.mesh.tp_group)
+        found |= {name: tensor.clone() for name, tensor in unshard(entry, shards, actor.architecture)}
+    return found
+
+
+def weights(actor: MegatronActor) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.clone() for bucket in actor.weight_buckets(1 << 16) for name, tensor in unpack_bucket(bucket)
+    }
+
+
+def one_step(rank: int, world_size: int, config: Config, sequences: list[Sequence], steps: int = 1) -> dict[str, Any]:
+    actor = MegatronActor(config, rank)
+    batches = my_batches(actor, sequences)
+    num_tokens = sum(len(s.tokens) - s.num_prompt_tokens for s in sequences)
+    before = per_sequence(actor.log_probs(batches), batches, sequences)
+    grads = gradients(actor, batches, num_tokens) if config.dp == 1 else {}
+    results = [
+        actor.update(batches, entropy_coefficient=ALPHA, num_tokens=num_tokens, lr=LR) for _ in range(steps)
+    ]
+    first = results[0]
+    return {
+        "log_probs": before,
+        "grads": grads,
+        "loss": first.loss if first else 0.0,
+        "entropy": first.sums["entropy"] if first else 0.0,
+        "grad_norm": first.grad_norm if first else None,
+        "weights": weights(actor),
+        "num_batches": len(batches),
+    }
+
+
+def exported(rank: int, world_size: int, config: Config) -> dict[str, torch.Tensor]:
+    return weights(MegatronActor(config, rank))
+
+
+def save_and_go_on(
+    rank: int, world_size: int, config: Config, sequences: list[Sequence], directory: Path, steps: int
+) -> list[float]:
+    """Two steps, a save, then `steps` more; the losses of the latter."""
+    actor = MegatronActor(config, rank)
+    update_times(actor, sequences, 2)
+    actor.save(directory)
+    return update_times(actor, sequences, steps)
+
+
+def load_and_go_on(
+    rank: int, world_size: int, config: Config, sequences: list[Sequence], directory: Path, steps: int
+) -> list[float]:
+    actor = MegatronActor(config, rank)
+    actor.load(directory)
+    return update_times(actor, sequences, steps)
+
+
+def update_times(actor: MegatronActor, sequences: list[Sequence], steps: int) -> list[float]:
+    batches = my_batches(actor, sequences)
+    num_tokens = sum(len(s.tokens) - s.num_prompt_tokens for s in sequences)
+    losses = []
+    for _ in range(steps):
+        result = actor.update(batches, entropy_coefficient=ALPHA, num_tokens=num_tokens, lr=1e-3)
+        losses.append(result.loss if result else 0.0)
+    return losses

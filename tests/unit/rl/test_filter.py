@@ -1,0 +1,54 @@
+"""Rejection of groups, and how much to roll out again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from or1_megatron.rl.advantage import group_advantages
+from or1_megatron.rl.filter import is_informative, refill_size
+from or1_megatron.types import Group, Prompt, Sample
+
+
+def make_group(rewards: list[float]) -> Group:
+    prompt = Prompt("p", "text", (1,), ("4",))
+    samples = [Sample(prompt, i, [2], [-0.5], "x", "stop", 0, reward=r) for i, r in enumerate(rewards)]
+    return Group(prompt, samples)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.1, 1.0]), min_size=2, max_size=16))
+def test_informative_is_a_non_zero_advantage(rewards: list[float]):
+    assert is_informative(make_group(rewards)) == any(group_advantages(rewards))
+
+
+@pytest.mark.parametrize(
+    ("kept", "wanted", "generated", "limit", "size"),
+    [
+        (0, 64, 0, 128, 64),
+        (40, 64, 64, 128, 24),  # the missing ones
+        (40, 64, 120, 128, 8),  # what the bound leaves
+        (40, 64, 128, 128, 0),  # bound reached: the step goes on with 40
+        (64, 64, 70, 128, 0),
+    ],
+)
+def test_refill_by_hand(kept: int, wanted: int, generated: int, limit: int, size: int):
+    assert refill_size(kept=kept, wanted=wanted, generated=generated, limit=limit) == size
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(0, 80),
+    st.floats(0, 1),
+    st.integers(0, 2**16),
+)
+def test_refilling_ends_without_surplus(wanted: int, extra: int, chance: float, seed: int):
+    draw, limit = random.Random(seed), wanted + extra
+    kept = generated = 0
+    while size := refill_size(kept=kept, wanted=wanted, generated=generated, limit=limit):
+        generated += size
+        kept += sum(draw.random() < chance for _ in range(size))
+    assert kept <= wanted and generated <= limit
+    assert kept == wanted or generated == limit
