@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from or1_megatron.errors import UserError
+from or1_megatron.errors import UserError, either
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -160,12 +160,7 @@ def check_degrees(architecture: Architecture, *, tp: int, pp: int) -> None:
     good = [t for t in range(1, a.num_heads + 1) if all(size % t == 0 for size in sizes.values())]
     for what, size in sizes.items():
         if size % tp:
-            raise UserError(f"parallel.tp={tp} does not divide the model's {size} {what}; use {_either(good)}")
+            raise UserError(f"parallel.tp={tp} does not divide the model's {size} {what}; use {either(good)}")
     if a.num_layers % pp:
         good = [p for p in range(1, a.num_layers + 1) if a.num_layers % p == 0]
-        raise UserError(f"parallel.pp={pp} does not divide the model's {a.num_layers} layers; use {_either(good)}")
-
-
-def _either(numbers: list[int]) -> str:
-    words = [str(n) for n in numbers]
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+        raise UserError(f"parallel.pp={pp} does not divide the model's {a.num_layers} layers; use {either(good)}")

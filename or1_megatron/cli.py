@@ -86,7 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from or1_megatron.config import load
+    from or1_megatron.recipe import load
 
     if options.resume is None:
         config = load(*_recipe_and_overrides(options.words, "train"))
@@ -101,7 +101,7 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from or1_megatron.config import load
+    from or1_megatron.recipe import load
 
     config = load(*_recipe_and_overrides(options.words, "eval"))
     from or1_megatron.evaluate import evaluate

@@ -7,6 +7,7 @@ lines; leaving the context ends every process.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -60,7 +61,7 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         address = os.environ.get("RAY_ADDRESS")
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             store = max(256, 4 * self.config.rollout.bucket_mb) * 2**20
             ray.init(
@@ -69,7 +70,7 @@ class Cluster:
                 include_dashboard=False,
                 object_store_memory=store,
                 log_to_driver=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
             )
         gpus_per_rank, gpus_per_engine = self._gpu_shares()
@@ -102,7 +103,9 @@ class Cluster:
         if gpus >= wanted:
             return 1, 1
         if gpus < ranks or gpus < self.config.rollout.num_engines:
-            raise UserError(f"parallel.num_ranks={ranks} and rollout.num_engines need more than the {gpus:.0f} GPUs there are")
+            raise UserError(
+                f"parallel.num_ranks={ranks} and rollout.num_engines need more than the {gpus:.0f} GPUs there are"
+            )
         return 0.5, 0.5
 
     def generate(self, prompts: list[Prompt], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
@@ -145,9 +148,7 @@ class Cluster:
 
     def _reports(self, ask: Callable[[Any, Any], Any], batches: list[list[MicroBatch]]) -> list[Any]:
         stored = [ray.put(mine) for mine in batches]
-        results = self._wait(
-            [ask(rank, stored[self.dims.coordinates(i).dp]) for i, rank in enumerate(self._ranks)]
-        )
+        results = self._wait([ask(rank, stored[self.dims.coordinates(i).dp]) for i, rank in enumerate(self._ranks)])
         return [results[i] for i in self.dims.reporting_ranks()]
 
     def save(self, directory: Path) -> None:
@@ -170,7 +171,7 @@ class Cluster:
         """Items of several streaming calls as they come; references instead of values unless `fetch`."""
         pending = list(streams)
         while pending:
-            ready, _ = ray.wait(pending, num_returns=1, timeout=1.0, fetch_local=False)
+            ready: list[Any] = ray.wait(pending, num_returns=1, timeout=1.0, fetch_local=False)[0]
             if interruptible and self.stop_requested():
                 raise StopRequested("stopped during the rollout")
             self._heartbeat()
@@ -237,5 +238,3 @@ def engine_spec(config: Config, index: int) -> EngineSpec:
 
 def _tail(log: Path, lines: int = 20) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.is_file() else ""
-
-

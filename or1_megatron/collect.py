@@ -46,7 +46,9 @@ def collect(config: Config, cluster: Cluster, rewards: RewardService, stream: Pr
     rollout = Rollout()
     missing = wanted
     while missing > 0:
-        groups = score_groups(cluster, rewards, stream.take(missing), config.rollout.group_size, training_sampling(config), spans)
+        groups = score_groups(
+            cluster, rewards, stream.take(missing), config.rollout.group_size, training_sampling(config), spans
+        )
         rollout.generated += groups
         rollout.kept += [group for group in groups if is_informative(group) or not config.loss.rejection]
         missing = refill_size(kept=len(rollout.kept), wanted=wanted, generated=len(rollout.generated), limit=limit)

@@ -1,23 +1,19 @@
 """The configuration of a run: typed, documented, validated once, never changed afterwards.
 
-A recipe is YAML over these dataclasses; `key=value` overrides come from the command line. `or1 train --help`
-prints this file's fields. Names of the recipe's symbols: rollout_batch_size D_R, mini_batch_size D_T,
-num_reuse N_reuse, group_size gs, context_length T, temperature tau.
+recipe.py fills these dataclasses from YAML and `key=value` overrides; `or1 train --help` prints the fields.
+Names of the paper's symbols: rollout_batch_size D_R, mini_batch_size D_T, num_reuse N_reuse, group_size gs,
+context_length T, temperature tau.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
-from or1_megatron.errors import UserError
+from or1_megatron.errors import UserError, either
 
 
 def key(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
@@ -44,7 +40,9 @@ class ParallelConfig:
     num_ranks: int = key(1, "actor ranks: one GPU, or one CPU process, each; data parallel is num_ranks / (tp * pp)")
     tp: int = key(1, "tensor-parallel degree; sequence parallel is on when tp > 1")
     pp: int = key(1, "pipeline-parallel degree")
-    token_budget: int = key(4096, "most tokens in one packed micro-batch; at least the longest sequence")
+    token_budget: int = key(
+        0, "most tokens in one packed micro-batch; at least, and with 0 exactly, the context length"
+    )
     cpu_threads_per_rank: int = key(1, "OpenMP threads of one actor rank on a machine without a GPU")
     timeout_s: int = key(600, "longest a collective may wait for a rank, seconds")
 
@@ -98,7 +96,9 @@ class LossConfig:
 
 @dataclass
 class EntropyConfig:
-    rule: str = key("paper", "controller of alpha_k: paper (3.2), fixed (alpha = initial), off", ("paper", "fixed", "off"))
+    rule: str = key(
+        "paper", "controller of alpha_k: paper (3.2), fixed (alpha = initial), off", ("paper", "fixed", "off")
+    )
     target: float = key(0.2, "tgt_ent, nats per token")
     delta: float = key(0.005, "step of c_k")
     initial: float = key(0.0, "c_0")
@@ -167,6 +167,12 @@ class Config:
         return self.rollout.rollout_batch_size // self.mini_batch_size * self.loss.num_reuse
 
     @property
+    def token_budget(self) -> int:
+        """Most tokens in one packed micro-batch, a multiple of tp (sequences are aligned to it)."""
+        longest = self.parallel.token_budget or self.rollout.context_length
+        return -(-longest // self.parallel.tp) * self.parallel.tp
+
+    @property
     def dp(self) -> int:
         return self.parallel.num_ranks // (self.parallel.tp * self.parallel.pp)
 
@@ -200,103 +206,26 @@ def all_keys(section: type = Config, prefix: str = "") -> list[Key]:
             keys += all_keys(factory, f"{prefix}{item.name}.")
             continue
         default = item.default if factory is dataclasses.MISSING else factory()
-        keys.append(Key(prefix + item.name, str(item.type), default, item.metadata["meaning"], item.metadata["choices"]))
+        keys.append(
+            Key(prefix + item.name, str(item.type), default, item.metadata["meaning"], item.metadata["choices"])
+        )
     return keys
 
 
-def load(recipe: str | Path, overrides: list[str] | None = None) -> Config:
-    """Recipe file + `key=value` overrides -> validated Config. Raises UserError, one line each."""
-    path = Path(recipe)
-    if not path.is_file():
-        raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/")
-    try:
-        tree = yaml.safe_load(path.read_text()) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of configuration keys")
-    return from_tree([(str(path), tree), *[_override_tree(text) for text in overrides or []]])
-
-
-def from_tree(layers: list[tuple[str, dict]]) -> Config:
-    """Merges (origin, nested mapping) layers over the defaults and validates the result."""
-    merged = OmegaConf.structured(Config)
-    for origin, tree in layers:
-        _check_names(origin, tree)
-        try:
-            merged = OmegaConf.merge(merged, OmegaConf.create(tree))
-        except OmegaConfBaseException as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{origin}: {error.full_key or 'value'}: {reason}") from None
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise UserError(f"{layers[0][0]}: {', '.join(missing)} must be set")
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
-    validate(config)
-    return config
-
-
-def to_yaml(config: Config) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-def _override_tree(text: str) -> tuple[str, dict]:
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise UserError(f"override {text!r} is not key=value, e.g. optimizer.lr=1e-6")
-    try:
-        leaf = yaml.safe_load(value) if value else ""
-    except yaml.YAMLError:
-        leaf = value
-    for part in reversed(name.split(".")):
-        leaf = {part: leaf}
-    return f"override {text!r}", leaf
-
-
-def _leaves(tree: dict, prefix: str = "") -> list[str]:
-    names: list[str] = []
-    for name, value in tree.items():
-        dotted = f"{prefix}{name}"
-        names += _leaves(value, dotted + ".") if isinstance(value, dict) and value else [dotted]
-    return names
-
-
-def _check_names(origin: str, tree: dict) -> None:
-    known = [item.name for item in all_keys()]
-    for name in _leaves(tree):
-        if name in known:
-            continue
-        section = [item for item in known if item.startswith(name + ".")]
-        if section:
-            raise UserError(f"{origin}: {name} is a section; set one of its keys, e.g. {section[0]}")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        last = name.rsplit(".", 1)[-1]
-        near = near or [item for item in known if item.rsplit(".", 1)[-1] == last][:1]
-        hint = f"did you mean {near[0]}?" if near else "`or1 train --help` lists all keys"
-        raise UserError(f"{origin}: unknown key {name}; {hint}")
-
-
-def divisors(*numbers: int) -> str:
-    """The common divisors, as words for a message: '1, 2 or 4'."""
-    common = [d for d in range(1, min(numbers) + 1) if all(n % d == 0 for n in numbers)]
-    return str(common[0]) if len(common) == 1 else f"{', '.join(map(str, common[:-1]))} or {common[-1]}"
+def divisors(number: int) -> str:
+    return either([d for d in range(1, number + 1) if number % d == 0])
 
 
 def validate(config: Config) -> None:
     """Every rule that needs no file. Raises UserError naming the key, the value and the fix."""
     for item in all_keys():
-        value: Any = config
-        for part in item.name.split("."):
-            value = getattr(value, part)
+        value = _value(config, item.name)
         if item.choices and value not in item.choices:
             raise UserError(f"{item.name}={value!r} is not one of {', '.join(item.choices)}")
-    _validate_positive(config)
+    _validate_signs(config)
     rollout, loss, parallel = config.rollout, config.loss, config.parallel
     if rollout.group_size < 2:
-        raise UserError(
-            f"rollout.group_size={rollout.group_size}: a group of one has no advantage (reward equals its mean); use 2 or more"
-        )
+        raise UserError(f"rollout.group_size={rollout.group_size}: a group of one has no advantage; use 2 or more")
     if rollout.rollout_batch_size % config.mini_batch_size:
         raise UserError(
             f"loss.mini_batch_size={config.mini_batch_size} does not divide rollout.rollout_batch_size="
@@ -309,11 +238,12 @@ def validate(config: Config) -> None:
         )
     if parallel.num_ranks % (parallel.tp * parallel.pp):
         raise UserError(
-            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} does not divide parallel.num_ranks={parallel.num_ranks}; "
+            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} does not divide parallel.num_ranks="
+            f"{parallel.num_ranks}; "
             f"tp * pp may be {divisors(parallel.num_ranks)}"
         )
     longest = rollout.context_length
-    if parallel.token_budget < longest:
+    if config.token_budget < longest:
         raise UserError(
             f"parallel.token_budget={parallel.token_budget} is below rollout.context_length={longest}: "
             f"the longest sequence would fit no micro-batch; use at least {longest}"
@@ -324,22 +254,28 @@ def validate(config: Config) -> None:
         raise UserError(f"rollout.top_p={rollout.top_p} must be in (0, 1]")
 
 
-def _validate_positive(config: Config) -> None:
-    positive = (
-        "steps keep_checkpoints parallel.num_ranks parallel.tp parallel.pp parallel.token_budget parallel.cpu_threads_per_rank "
-        "parallel.timeout_s rollout.rollout_batch_size rollout.context_length rollout.temperature rollout.num_engines "
-        "rollout.kv_cache_gb rollout.bucket_mb loss.num_reuse reward.num_workers reward.timeout_s "
-        "reward.memory_mb evaluation.num_samples"
-    ).split()
-    non_negative = (
-        "save_interval rollout.max_response_length rollout.probe_interval rollout.probe_tolerance loss.mini_batch_size "
-        "loss.clip_low loss.clip_high optimizer.lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
-        "evaluation.interval evaluation.temperature"
-    ).split()
-    for names, bad, words in ((positive, lambda v: v <= 0, "above 0"), (non_negative, lambda v: v < 0, "0 or more")):
-        for name in names:
-            value: Any = config
-            for part in name.split("."):
-                value = getattr(value, part)
-            if bad(value):
-                raise UserError(f"{name}={value} must be {words}")
+_POSITIVE = (
+    "steps keep_checkpoints parallel.num_ranks parallel.tp parallel.pp parallel.cpu_threads_per_rank "
+    "parallel.timeout_s rollout.rollout_batch_size rollout.context_length rollout.temperature rollout.num_engines "
+    "rollout.kv_cache_gb rollout.bucket_mb loss.num_reuse reward.num_workers reward.timeout_s reward.memory_mb "
+    "evaluation.num_samples "
+).split()
+_NOT_NEGATIVE = (
+    "save_interval parallel.token_budget rollout.max_response_length rollout.probe_interval "
+    "rollout.probe_tolerance loss.mini_batch_size loss.clip_low loss.clip_high optimizer.lr "
+    "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad evaluation.interval evaluation.temperature "
+).split()
+
+
+def _validate_signs(config: Config) -> None:
+    for name in (*_POSITIVE, *_NOT_NEGATIVE):
+        value = _value(config, name)
+        if value < 0 or (value == 0 and name in _POSITIVE):
+            raise UserError(f"{name}={value} must be {'above 0' if name in _POSITIVE else '0 or more'}")
+
+
+def _value(config: Config, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value

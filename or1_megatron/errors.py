@@ -5,6 +5,12 @@ has been written. `RunFailure`: a part of a running system died or disagreed; ex
 """
 
 
+def either(numbers: list[int]) -> str:
+    """Choices as words: '1, 2 or 4'."""
+    words = [str(number) for number in numbers]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
 class UserError(ValueError):
     """Bad input. The message is one line: what, where, the value, the fix."""
 

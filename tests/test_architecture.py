@@ -15,7 +15,7 @@ SOURCE_ROOTS = ("or1_megatron", "launch", "slurm", "tools", "benchmarks")
 
 # From the innermost ring to the outermost; a module may import its own ring and those inside it.
 RINGS = (
-    ("config", "types", "errors", "architecture"),
+    ("config", "recipe", "types", "errors", "architecture"),
     ("parallel", "rl", "profiling"),
     ("actor", "rollout", "reward", "data"),
     ("cluster", "processes"),

@@ -60,7 +60,7 @@ class MegatronActor:
         settings.grad_scale_func = self.optimizer.scale_loss
         # The denominator N is in the loss already, so Megatron must not divide by its own token count.
         settings.finalize_model_grads_func = lambda model, num_tokens, **kw: finalize_model_grads(model, None, **kw)
-        self._max_seqlen = config.parallel.token_budget + 2 * dims.tp + 1
+        self._max_seqlen = config.token_budget + 2 * dims.tp + 1
 
     def _optimizer_config(self) -> OptimizerConfig:
         wanted = self.config.optimizer
@@ -86,7 +86,7 @@ class MegatronActor:
         """
         score = partial(self._score, temperature=temperature or self.config.rollout.temperature)
         with torch.no_grad():
-            outputs = self._schedule(micro_batches, score, forward_only=True)
+            outputs: Any = self._schedule(micro_batches, score, forward_only=True)
         return [values for _, values in outputs] if self._reports else None
 
     def update(
@@ -104,7 +104,8 @@ class MegatronActor:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
-        applied, grad_norm, _ = self.optimizer.step()
+        outcome: Any = self.optimizer.step()
+        applied, grad_norm, _ = outcome
         if not applied or grad_norm is None or not np.isfinite(grad_norm):
             raise RuntimeError(f"optimizer step not applied: gradient norm {grad_norm}")
         if not self._reports:
@@ -124,7 +125,7 @@ class MegatronActor:
     def _reports(self) -> bool:
         return self.mesh.last_stage and self.mesh.coordinates.tp == 0
 
-    def _schedule(self, micro_batches: list[MicroBatch], reduce: Callable, *, forward_only: bool) -> list:
+    def _schedule(self, micro_batches: list[MicroBatch], reduce: Callable, *, forward_only: bool) -> Any:
         """Runs Megatron's pipeline schedule; each micro-batch's second output of `reduce`, on the last stage."""
         return get_forward_backward_func()(
             forward_step_func=partial(self._forward, reduce),
@@ -148,7 +149,9 @@ class MegatronActor:
         )
         return output, partial(reduce, batch)
 
-    def _head(self, batch: MicroBatch, logits_1TV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    def _head(
+        self, batch: MicroBatch, logits_1TV: torch.Tensor, temperature: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         columns = logits_1TV.shape[-1]
         return log_probs_and_entropy(
             logits_1TV.squeeze(0),

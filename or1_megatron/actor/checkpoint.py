@@ -63,7 +63,7 @@ def _sharded(model: Any, optimizer: Any, mesh: Mesh, *, is_loading: bool) -> dic
         "optimizer": optimizer.sharded_state_dict(weights, is_loading=is_loading, metadata=_METADATA),
     }
     here, dims = mesh.coordinates, mesh.dims
-    generators = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    generators = {"torch": torch.get_rng_state(), "tracker": _tracker().get_states()}
     key = f"generators.tp{dims.tp}-pp{dims.pp}-dp{dims.dp}"  # other degrees have other generators: not restored
     shape, place = (dims.pp, dims.tp, dims.dp), (here.pp, here.tp, here.dp)
     state["generators"] = ShardedObject(key, generators, shape, place, replica_id=0)
@@ -84,14 +84,18 @@ def load(directory: Path, model: Any, optimizer: Any, mesh: Mesh) -> None:
     wanted = _sharded(model, optimizer, mesh, is_loading=True)
     if not _holds_generators(directory, wanted["generators"].key):
         del wanted["generators"]
-    loaded = dist_checkpointing.load(wanted, str(directory))
+    loaded: Any = dist_checkpointing.load(wanted, str(directory))
     model.load_state_dict(loaded["model"])
     optimizer.load_state_dict(loaded["optimizer"])
     for part in _parts(optimizer):
         own_optimizer_steps(part.optimizer)
     if "generators" in loaded:
         torch.set_rng_state(loaded["generators"]["torch"])
-        get_cuda_rng_tracker().set_states(loaded["generators"]["tracker"])
+        _tracker().set_states(loaded["generators"]["tracker"])
+
+
+def _tracker() -> Any:
+    return get_cuda_rng_tracker()
 
 
 def _holds_generators(directory: Path, key: str) -> bool:

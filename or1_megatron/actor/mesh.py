@@ -49,10 +49,12 @@ def build_mesh(dims: Dims, rank: int, seed: int, timeout_s: float) -> Mesh:
         parallel_state.get_data_parallel_rank(),
     )
     assert coordinates == theirs, (coordinates, theirs)
+    tp_group, dp_group = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_data_parallel_group()
+    assert isinstance(tp_group, ProcessGroup) and isinstance(dp_group, ProcessGroup)
     return Mesh(
         rank=rank,
         dims=dims,
         coordinates=coordinates,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        dp_group=parallel_state.get_data_parallel_group(),
+        tp_group=tp_group,
+        dp_group=dp_group,
     )

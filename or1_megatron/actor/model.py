@@ -87,7 +87,7 @@ def transformer_config(config: Config, architecture: Architecture, softmax_scale
         bias_activation_fusion=has_cuda(),
         bias_dropout_fusion=has_cuda(),
         apply_rope_fusion=False,
-        recompute_granularity=None if config.model.recompute == "none" else config.model.recompute,
+        recompute_granularity=None if config.model.recompute == "none" else config.model.recompute,  # type: ignore[arg-type]
         recompute_method="uniform" if full else None,
         recompute_num_layers=1 if full else None,
     )
@@ -99,7 +99,7 @@ def _leave_as_is(tensor: torch.Tensor) -> torch.Tensor:
 
 def build_model(config: Config, architecture: Architecture, mesh: Mesh) -> GPTModel:
     """GPTModel of this rank's stage and shard, HF weights loaded, on this process's device."""
-    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(config.model.path))
+    rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(config.model.path))  # type: ignore[arg-type]
     # yarn scales cos and sin by a factor f: the scores, a product of two rotated vectors, by f^2.
     scale = float(rotary.attention_scaling) ** 2 * architecture.head_dim**-0.5
     settings = transformer_config(config, architecture, scale)
@@ -119,7 +119,9 @@ def build_model(config: Config, architecture: Architecture, mesh: Mesh) -> GPTMo
     return model.to(device())
 
 
-def _layer_spec(settings: TransformerConfig, mesh: Mesh, transformer_engine: bool) -> ModuleSpec | TransformerBlockSubmodules:
+def _layer_spec(
+    settings: TransformerConfig, mesh: Mesh, transformer_engine: bool
+) -> ModuleSpec | TransformerBlockSubmodules:
     if transformer_engine:
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=settings.qk_layernorm)
     spec = get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
@@ -130,7 +132,7 @@ def _layer_spec(settings: TransformerConfig, mesh: Mesh, transformer_engine: boo
     if settings.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     num_layers = get_num_layers_to_build(settings, None, mesh.coordinates.pp)
-    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[spec] * num_layers, layer_norm=RMSNorm)  # type: ignore[arg-type]
 
 
 def named_entries(
@@ -175,5 +177,3 @@ def packed_parameters(micro_batch: MicroBatch, max_seqlen: int) -> PackedSeqPara
     )
     packed.cu_seqlens_host = micro_batch.cu_seqlens  # type: ignore[attr-defined]
     return packed
-
-

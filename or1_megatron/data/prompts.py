@@ -6,6 +6,7 @@ list of chat messages, to which the model's chat template is applied, or a plain
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Iterator
@@ -24,7 +25,9 @@ def load_tokenizer(model: str, architecture: Architecture) -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise UserError(f"{model}: no usable tokenizer ({str(error).splitlines()[0]}); copy the tokenizer files") from None
+        raise UserError(
+            f"{model}: no usable tokenizer ({str(error).splitlines()[0]}); copy the tokenizer files"
+        ) from None
     if len(tokenizer) > architecture.vocab_size:
         raise UserError(
             f"{model}: the tokenizer has {len(tokenizer)} tokens but config.json says vocab_size="
@@ -53,8 +56,7 @@ def load_prompts(
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet as parquet
-        from pyarrow import ArrowException
+        from pyarrow import ArrowException, parquet
 
         try:
             for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
@@ -74,7 +76,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             except (ValueError, UnicodeDecodeError) as error:
                 raise UserError(f"{place} is not valid JSON: {error}") from None
             if not isinstance(row, dict):
-                raise UserError(f"{place} holds a {type(row).__name__}; it must be an object with prompt and reward_model")
+                raise UserError(
+                    f"{place} holds a {type(row).__name__}; it must be an object with prompt and reward_model"
+                )
             yield place, row
 
 
@@ -101,13 +105,15 @@ def _text(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase, instructi
     if isinstance(prompt, str) and prompt:
         return prompt
     well_formed = (
-        isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
     )
     if not well_formed:
         raise UserError(f"{place}: prompt={str(prompt)[:60]!r} is neither a string nor a list of role/content messages")
     if not tokenizer.chat_template:
         raise UserError(f"{place}: the prompt is a chat but the tokenizer has no chat template; use a plain string")
-    messages = [dict(message) for message in prompt]
+    messages: Any = copy.deepcopy(prompt)
     messages[-1]["content"] += instruction_suffix
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
 
@@ -124,7 +130,9 @@ def _ground_truth(place: str, row: dict[str, Any]) -> tuple[str, ...]:
             gold = listed
     golds = gold if isinstance(gold, list) else [gold]
     if not golds or any(not isinstance(item, str | int | float) or str(item) == "" for item in golds):
-        raise UserError(f"{place}: reward_model.ground_truth={gold!r} is not an answer; give a string or a list of them")
+        raise UserError(
+            f"{place}: reward_model.ground_truth={gold!r} is not an answer; give a string or a list of them"
+        )
     return tuple(str(item) for item in golds)
 
 

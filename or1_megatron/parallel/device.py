@@ -9,11 +9,11 @@ is right:
 |---|---|---|
 | device="cuda", device=torch.device("cuda") in any torch call | allocates its buffers there | the host is the device |
 | pin_memory=True | pins tensors for asynchronous copies | nothing is copied to a device |
-| Tensor.type() -> torch.cuda.*Tensor | the distributed optimizer sorts parameters by this string | it means the compute device |
+| Tensor.type() -> torch.cuda.*Tensor | the distributed optimizer sorts by this string | the compute device |
 | torch.cuda.current_device / device_count / set_device | passes it as device=, divides by it | one device, the host |
-| torch.cuda.synchronize, Stream, Event, stream, streams' getters | orders kernels and communication | host operations are ordered |
-| torch.cuda.get/set_rng_state, manual_seed, default_generators | saves, forks and restores generators | the host has one generator |
-| torch.cuda._lazy_call | queues `_set_cuda_rng_state` until CUDA starts: **silently never** without a GPU | call at once |
+| torch.cuda.synchronize, Stream, Event, current_stream ... | orders kernels and communication | the host is ordered |
+| torch.cuda.get/set_rng_state, manual_seed, default_generators | forks generators | the host has one generator |
+| torch.cuda._lazy_call | queues `_set_cuda_rng_state` until CUDA starts: **silently never** | call at once |
 | Tensor.cuda, Module.cuda | moves to the device | already there |
 | torch.cuda.memory_*, empty_cache | logging | nothing to report |
 | torch.cuda.*Tensor type names | isinstance tests in transformer/module.py | resolve to the host types |

@@ -31,7 +31,9 @@ class HFWeights:
             try:
                 handle = self._stack.enter_context(safe_open(file, framework="pt"))
             except (SafetensorError, OSError) as error:
-                raise UserError(f"{file} is not a readable safetensors file ({error}); copy or download it again") from None
+                raise UserError(
+                    f"{file} is not a readable safetensors file ({error}); copy or download it again"
+                ) from None
             self._handles |= dict.fromkeys(handle.keys(), handle)
         self._tied = architecture.tied
         self._check(path, hf_shapes(architecture))

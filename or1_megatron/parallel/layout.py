@@ -34,7 +34,9 @@ def entries(architecture: Architecture, *, fused_norms: bool = False) -> dict[st
     """
     a = architecture
     attention, mlp = ("linear_qkv.layer_norm_weight", "mlp.linear_fc1.layer_norm_weight")
-    norm_names = (f"self_attention.{attention}", mlp) if fused_norms else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+    norm_names = (
+        (f"self_attention.{attention}", mlp) if fused_norms else ("input_layernorm.weight", "pre_mlp_layernorm.weight")
+    )
     table = [Entry("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), "vocab")]
     for layer in range(a.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
@@ -45,7 +47,9 @@ def entries(architecture: Architecture, *, fused_norms: bool = False) -> dict[st
             Entry(ours + "self_attention.linear_proj.weight", (theirs + "self_attn.o_proj.weight",), "row"),
             Entry(ours + norm_names[1], (theirs + "post_attention_layernorm.weight",), "replicated"),
             Entry(
-                ours + "mlp.linear_fc1.weight", (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"), "gate_up"
+                ours + "mlp.linear_fc1.weight",
+                (theirs + "mlp.gate_proj.weight", theirs + "mlp.up_proj.weight"),
+                "gate_up",
             ),
             Entry(ours + "mlp.linear_fc2.weight", (theirs + "mlp.down_proj.weight",), "row"),
         ]
@@ -53,7 +57,9 @@ def entries(architecture: Architecture, *, fused_norms: bool = False) -> dict[st
             table.append(Entry(ours + "self_attention.linear_qkv.bias", tuple(f"{name}.bias" for name in qkv), "qkv"))
         if a.qk_norm:
             for x in "qk":
-                norm = Entry(f"{ours}self_attention.{x}_layernorm.weight", (f"{theirs}self_attn.{x}_norm.weight",), "replicated")
+                norm = Entry(
+                    f"{ours}self_attention.{x}_layernorm.weight", (f"{theirs}self_attn.{x}_norm.weight",), "replicated"
+                )
                 table.append(norm)
     table.append(Entry("decoder.final_layernorm.weight", ("model.norm.weight",), "replicated"))
     head = "model.embed_tokens.weight" if a.tied else "lm_head.weight"
@@ -104,9 +110,7 @@ def shard(
     return torch.cat(groups, dim=1).flatten(0, 1)
 
 
-def unshard(
-    entry: Entry, shards: Sequence[torch.Tensor], architecture: Architecture
-) -> list[tuple[str, torch.Tensor]]:
+def unshard(entry: Entry, shards: Sequence[torch.Tensor], architecture: Architecture) -> list[tuple[str, torch.Tensor]]:
     """Inverse of `shard`: all ranks' pieces, in rank order -> (HF name, whole tensor)."""
     a = architecture
     if entry.arrangement == "replicated":

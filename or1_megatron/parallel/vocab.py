@@ -16,8 +16,8 @@ with a = dL/dlog pi and b = dL/dH of the token:
     dL/dz_j = (a 1{j = label} - e^(u_j - logZ) (b u_j + a - b ubar)) / temperature
 
 One all-gather of [4, T] float32 forward, combined in rank order so that all ranks agree to the bit; no collective in
-backward. Kept for it: the logits and (M, S, ubar - M/temperature) per token. Logits are read in blocks of tokens, so no float32 copy
-of all of them ever exists.
+backward. Kept for it: the logits and (M, S, ubar - M/temperature) per token. Logits are read in blocks of tokens, so
+no float32 copy of all of them ever exists.
 """
 
 from __future__ import annotations

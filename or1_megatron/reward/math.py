@@ -57,7 +57,7 @@ def _balanced(text: str, start: int) -> str | None:
 def _parse(answer: str) -> list[Any]:
     from math_verify import parse
 
-    return parse(f"{_BOX}{answer}}}", parsing_timeout=None)
+    return parse(f"{_BOX}{answer}}}", parsing_timeout=None)  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=65536)

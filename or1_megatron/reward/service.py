@@ -7,6 +7,7 @@ run ends: an infrastructure error is never a reward of 0.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -169,10 +170,8 @@ class _Worker:
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    try:
+                    with contextlib.suppress(BrokenPipeError):
                         pipe.close()
-                    except BrokenPipeError:
-                        pass
 
     def tail(self, lines: int = 20) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])

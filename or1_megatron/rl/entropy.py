@@ -1,6 +1,7 @@
 """Adaptive entropy control (3.2).
 
-    c_0 = initial;  c_{k+1} = c_k + delta if e_k < target,  c_k - delta if e_k > target;  alpha_k = c_k * 1{e_k <= target}
+    c_0 = initial;  c_{k+1} = c_k + delta if e_k < target,  c_k - delta if e_k > target
+    alpha_k = c_k * 1{e_k <= target}
 
 e_k is the actor's entropy estimated on the current rollout buffer, over all samples. c is clamped to
 [minimum, maximum]: with e_0 above the target the bare rule drives c below zero, and alpha would then punish entropy

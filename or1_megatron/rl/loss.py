@@ -1,6 +1,6 @@
 """The MAGIC loss (3.1) of one micro-batch, its denominator passed in. T: tokens of the micro-batch.
 
-    L = -(1/N) * sum_t w_t * { min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t) + alpha_k H_t }
+L = -(1/N) * sum_t w_t * { min(rho_t A_t, clip(rho_t, 1 - eps_low, 1 + eps_high) A_t) + alpha_k H_t }
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ def _start_vllm(spec: EngineSpec) -> Any:
 
     return LLM(
         model=spec.model_path,
-        dtype={"fp32": "float32", "bf16": "bfloat16"}[spec.dtype],
+        dtype="bfloat16" if spec.dtype == "bf16" else "float32",
         max_model_len=spec.context_length,
         max_num_batched_tokens=spec.max_batched_tokens,
         enforce_eager=spec.enforce_eager or not device.has_cuda(),

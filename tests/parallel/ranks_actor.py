@@ -24,11 +24,13 @@ def my_batches(actor: MegatronActor, sequences: list[Sequence]) -> list[MicroBat
     layout = plan(
         [len(s.tokens) for s in sequences],
         num_ranks=config.dp,
-        token_budget=config.parallel.token_budget,
+        token_budget=config.token_budget,
         alignment=config.parallel.tp,
         linear_work=actor.architecture.linear_work,
     )
-    return [pack(sequences, ids, alignment=config.parallel.tp) for ids in layout.micro_batches[actor.mesh.coordinates.dp]]
+    return [
+        pack(sequences, ids, alignment=config.parallel.tp) for ids in layout.micro_batches[actor.mesh.coordinates.dp]
+    ]
 
 
 def per_sequence(values: list | None, batches: list[MicroBatch], sequences: list[Sequence]) -> dict[int, torch.Tensor]:
@@ -55,9 +57,7 @@ def gradients(actor: MegatronActor, batches: list[MicroBatch], num_tokens: int) 
 
 
 def weights(actor: MegatronActor) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.clone() for bucket in actor.weight_buckets(1 << 16) for name, tensor in unpack_bucket(bucket)
-    }
+    return {name: tensor.clone() for bucket in actor.weight_buckets(1 << 16) for name, tensor in unpack_bucket(bucket)}
 
 
 def one_step(rank: int, world_size: int, config: Config, sequences: list[Sequence], steps: int = 1) -> dict[str, Any]:
@@ -66,9 +66,7 @@ def one_step(rank: int, world_size: int, config: Config, sequences: list[Sequenc
     num_tokens = sum(len(s.tokens) - s.num_prompt_tokens for s in sequences)
     before = per_sequence(actor.log_probs(batches), batches, sequences)
     grads = gradients(actor, batches, num_tokens) if config.dp == 1 else {}
-    results = [
-        actor.update(batches, entropy_coefficient=ALPHA, num_tokens=num_tokens, lr=LR) for _ in range(steps)
-    ]
+    results = [actor.update(batches, entropy_coefficient=ALPHA, num_tokens=num_tokens, lr=LR) for _ in range(steps)]
     first = results[0]
     return {
         "log_probs": before,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from or1_megatron.config import Config, from_tree
+from or1_megatron.config import Config
+from or1_megatron.recipe import from_tree
 from or1_megatron.types import Sequence
 from tests.dense_reference import Reference, dense_step, token_quantities
 from tests.parallel import ranks_actor
@@ -18,7 +20,7 @@ from tests.tiny_models import PAD, write_tiny_model
 
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]  # tp, pp, dp
 MODELS = {"llama": True, "qwen2": False, "qwen3": False}  # family: tied
-STEP = {"lr": ranks_actor.LR, "alpha": ranks_actor.ALPHA}
+STEP: dict[str, Any] = {"lr": ranks_actor.LR, "alpha": ranks_actor.ALPHA}
 
 
 def make_config(path: Path, tp: int = 1, pp: int = 1, dp: int = 1, **model: str) -> Config:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from or1_megatron.config import Config, all_keys, load, to_yaml
+from or1_megatron.config import Config, all_keys
 from or1_megatron.errors import UserError
+from or1_megatron.recipe import load, to_yaml
 
 
 @pytest.fixture

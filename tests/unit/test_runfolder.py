@@ -12,8 +12,9 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 
-from or1_megatron.config import Config, load
+from or1_megatron.config import Config
 from or1_megatron.errors import UserError
+from or1_megatron.recipe import load
 from or1_megatron.runfolder import RunFolder, git_state
 from or1_megatron.types import Group, Prompt, Sample
 

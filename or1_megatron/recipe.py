@@ -1,0 +1,87 @@
+"""Recipe file + `key=value` overrides -> validated Config; an unknown key says which key was meant."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from or1_megatron.config import Config, all_keys, validate
+from or1_megatron.errors import UserError
+
+
+def load(recipe: str | Path, overrides: list[str] | None = None) -> Config:
+    """Recipe file + `key=value` overrides -> validated Config. Raises UserError, one line each."""
+    path = Path(recipe)
+    if not path.is_file():
+        raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/")
+    try:
+        tree = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of configuration keys")
+    return from_tree([(str(path), tree), *[_override_tree(text) for text in overrides or []]])
+
+
+def from_tree(layers: list[tuple[str, dict]]) -> Config:
+    """Merges (origin, nested mapping) layers over the defaults and validates the result."""
+    merged = OmegaConf.structured(Config)
+    for origin, tree in layers:
+        _check_names(origin, tree)
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.create(tree))
+        except OmegaConfBaseException as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{origin}: {getattr(error, 'full_key', '') or 'value'}: {reason}") from None
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise UserError(f"{layers[0][0]}: {', '.join(missing)} must be set")
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    validate(config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _override_tree(text: str) -> tuple[str, dict]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise UserError(f"override {text!r} is not key=value, e.g. optimizer.lr=1e-6")
+    try:
+        leaf: Any = yaml.safe_load(value) if value else ""
+    except yaml.YAMLError:
+        leaf = value
+    for part in reversed(name.split(".")):
+        leaf = {part: leaf}
+    return f"override {text!r}", leaf
+
+
+def _leaves(tree: dict, prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for name, value in tree.items():
+        dotted = f"{prefix}{name}"
+        names += _leaves(value, dotted + ".") if isinstance(value, dict) and value else [dotted]
+    return names
+
+
+def _check_names(origin: str, tree: dict) -> None:
+    known = [item.name for item in all_keys()]
+    for name in _leaves(tree):
+        if name in known:
+            continue
+        section = [item for item in known if item.startswith(name + ".")]
+        if section:
+            raise UserError(f"{origin}: {name} is a section; set one of its keys, e.g. {section[0]}")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        last = name.rsplit(".", 1)[-1]
+        near = near or [item for item in known if item.rsplit(".", 1)[-1] == last][:1]
+        hint = f"did you mean {near[0]}?" if near else "`or1 train --help` lists all keys"
+        raise UserError(f"{origin}: unknown key {name}; {hint}")
