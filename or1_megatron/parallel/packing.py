@@ -50,7 +50,7 @@ def plan(lengths: Seq[int], *, num_ranks: int, token_budget: int, alignment: int
         ranks[rank].append(i)
         heapq.heappush(loads, (load + work[i], rank))
     filled = [_fill(mine, lengths, token_budget, alignment) for mine in ranks]
-    count = max(1, *(len(batches) for batches in filled))
+    count = max(len(batches) for batches in filled)
     padded = tuple(tuple(tuple(b) for b in batches) + ((),) * (count - len(batches)) for batches in filled)
     mean = sum(work) / num_ranks
     return Plan(padded, max(load for load, _ in loads) / mean)

@@ -1,0 +1,171 @@
+"""Whole runs as a user starts them: Ray, vLLM and Megatron on a tiny random model, in a process of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.tiny_models import write_tiny_model
+
+PROBLEMS = [("What is 3 + 4?", "7"), ("Name a prime.", "2"), ("2 + 2 =", "4"), ("Half of 18?", "9"), ("1 + 0 =", "1")]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, a problem file and a recipe. A random model is never right, so the entropy bonus is what trains it."""
+    root = tmp_path_factory.mktemp("runs")
+    write_tiny_model(root / "model", "llama", tied=True)
+    rows = [{"data_source": "t", "prompt": text, "reward_model": {"ground_truth": gold}} for text, gold in PROBLEMS]
+    (root / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = {
+        "name": "tiny",
+        "steps": 3,
+        "model": {"path": str(root / "model"), "dtype": "fp32"},
+        "data": {"train": [str(root / "problems.jsonl")]},
+        "rollout": {
+            "rollout_batch_size": 4,
+            "group_size": 2,
+            "context_length": 64,
+            "max_response_length": 12,
+            "max_generated_factor": 1.0,
+            "kv_cache_gb": 0.25,
+            "max_batched_tokens": 512,
+        },
+        "loss": {"rejection": False},
+        "entropy": {"rule": "fixed", "initial": 0.1},
+        "optimizer": {"lr": 1e-3},
+        "reward": {"num_workers": 1},
+        "evaluation": {"files": [str(root / "problems.jsonl")], "num_samples": 2},
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    return root
+
+
+def start(workplace: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "or1_megatron", "train", *arguments]
+    return subprocess.Popen(
+        command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 180) -> str:
+    try:
+        return process.communicate(timeout=timeout_s)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while not ((run / "metrics.jsonl").is_file() and len(metrics(run)) >= steps):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not get that far in time"
+        time.sleep(0.2)
+
+
+def of_this_run(workplace: Path) -> list[psutil.Process]:
+    """Live processes started from the workplace folder or belonging to a Ray session started there."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE and process.cwd().startswith(str(workplace)):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def nothing_left(workplace: Path) -> None:
+    deadline = time.monotonic() + 15
+    while (left := of_this_run(workplace)) and time.monotonic() < deadline:
+        time.sleep(0.3)
+    assert not left, [" ".join(process.cmdline()[:4]) for process in left]
+
+
+@pytest.mark.parametrize("degree", ["tp", "pp"])
+def test_three_steps_on_two_ranks(workplace: Path, degree: str) -> None:
+    run = workplace / f"run-{degree}"
+    process = start(workplace, "recipe.yaml", f"run_dir={run}", "parallel.num_ranks=2", f"parallel.{degree}=2")
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert output.splitlines()[-1].startswith("tiny: held-out accuracy"), output
+    rows = metrics(run)
+    assert [row["step"] for row in rows[:3]] == [1, 2, 3]
+    for row in rows[:3]:
+        assert row["probe/mean"] < 1e-3 and row["mismatch/max"] < 1e-3, row  # engine = actor, sync after sync
+        assert row["grad_norm"] > 0 and row["groups/kept"] == 4
+    assert rows[0]["loss"] != rows[2]["loss"], "the policy did not change"
+    assert (run / "checkpoints" / "step-000003" / "driver.json").is_file()
+    assert len(list((run / "rollouts").glob("*.parquet"))) == 3
+    nothing_left(workplace)
+
+
+def test_off_policy_and_resume(workplace: Path) -> None:
+    """Two optimizer steps per rollout on two replicas, vocabulary entropy; then one more step after a resume."""
+    run = workplace / "run-resume"
+    options = ["parallel.num_ranks=2", "loss.mini_batch_size=2", "loss.old_log_probs=recompute"]
+    process = start(workplace, "recipe.yaml", f"run_dir={run}", "steps=2", "entropy.signal=vocabulary", *options)
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert [row["sgd_steps"] for row in metrics(run)[:2]] == [2, 2]
+    process = start(workplace, "--resume", str(run), "steps=3")
+    output = finish(process)
+    assert process.returncode == 0, output
+    assert "resumed after step 2" in output
+    steps = [row["step"] for row in metrics(run) if "loss" in row]
+    assert steps == [1, 2, 3]
+    nothing_left(workplace)
+
+
+@pytest.mark.parametrize("victim", ["rank1", "engine0"])
+def test_a_dead_process_ends_the_run(workplace: Path, victim: str) -> None:
+    run = workplace / f"run-dead-{victim}"
+    process = start(workplace, "recipe.yaml", f"run_dir={run}", "steps=100000", "parallel.num_ranks=2")
+    wait_for_steps(run, 1, process)
+    log = run / "logs" / f"{victim}.log"
+    (pid,) = [p.pid for p in psutil.process_iter() if p.pid != process.pid and _writes_to(p, log)]
+    os.kill(pid, signal.SIGKILL)
+    killed = time.monotonic()
+    output = finish(process, 90)
+    assert process.returncode == 1, output
+    assert time.monotonic() - killed < 60
+    assert f"{victim} died" in output, output
+    nothing_left(workplace)
+
+
+def _writes_to(process: psutil.Process, log: Path) -> bool:
+    try:
+        return os.path.realpath(f"/proc/{process.pid}/fd/1") == os.path.realpath(log)
+    except OSError:
+        return False
+
+
+def test_ctrl_c_saves_and_resumes(workplace: Path) -> None:
+    run = workplace / "run-stopped"
+    process = start(workplace, "recipe.yaml", f"run_dir={run}", "steps=100000")
+    wait_for_steps(run, 2, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: the whole group
+    output = finish(process, 90)
+    assert process.returncode == 130, output
+    assert f"or1 train --resume {run}" in output
+    saved = sorted((run / "checkpoints").iterdir())
+    assert len(saved) == 1 and (saved[0] / "driver.json").is_file(), saved
+    nothing_left(workplace)
+    process = start(workplace, "--resume", str(run), f"steps={len(metrics(run)) + 1}")
+    output = finish(process)
+    assert process.returncode == 0, output
+    nothing_left(workplace)
