@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 # float32 elements of one block: a cache's worth on a CPU; on a GPU enough to hide the launches, 256 MiB.
-_BLOCK_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
+_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 
 
 def log_probs_and_entropy(

@@ -1,0 +1,100 @@
+"""Problem files: good rows are read, bad ones are named by file and line; the stream is seeded and resumable."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from or1_megatron.architecture import read_architecture
+from or1_megatron.data.prompts import PromptStream, load_prompts, load_tokenizer
+from or1_megatron.errors import UserError
+from or1_megatron.types import Prompt
+from tests.tiny_models import write_tiny_model
+
+GOOD = {"data_source": "s", "prompt": "1 + 1 =", "reward_model": {"ground_truth": "2"}}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("m") / "model", "llama", tied=True)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path):
+    return load_tokenizer(str(model), read_architecture(model))
+
+
+def write(path: Path, *rows: object) -> list[str]:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return [str(path)]
+
+
+def test_strings_chats_and_several_golds(tmp_path: Path, tokenizer) -> None:
+    chat = {"prompt": [{"role": "user", "content": "hi"}], "reward_model": {"ground_truth": '["1", "2"]'}}
+    raw, chatted = load_prompts(
+        write(tmp_path / "p.jsonl", GOOD, chat), tokenizer, context_length=64, instruction_suffix=" box it"
+    )
+    assert raw.text == "1 + 1 =" and raw.ground_truth == ("2",)
+    assert "hi box it" in chatted.text and chatted.text.endswith("assistant: ")
+    assert chatted.ground_truth == ("1", "2") and raw.uid != chatted.uid
+
+
+def test_parquet_equals_jsonl(tmp_path: Path, tokenizer) -> None:
+    parquet.write_table(pa.Table.from_pylist([GOOD]), tmp_path / "p.parquet")
+    (prompt,) = load_prompts([str(tmp_path / "p.parquet")], tokenizer, context_length=64)
+    assert prompt.text == GOOD["prompt"] and prompt.ground_truth == ("2",)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{not json", "line 2 is not valid JSON"),
+        ("[1]", "line 2 holds a list"),
+        ({"prompt": "x"}, "line 2: reward_model.ground_truth=None"),
+        ({"reward_model": {"ground_truth": "1"}}, "line 2: prompt='None' is neither"),
+        ({"prompt": "x", "reward_model": {"ground_truth": ""}}, "line 2: reward_model.ground_truth=''"),
+        ({"prompt": "x" * 80, "reward_model": {"ground_truth": "1"}}, "line 2: the prompt has 80 tokens"),
+    ],
+)
+def test_bad_rows_are_named(row: object, message: str, tmp_path: Path, tokenizer) -> None:
+    with pytest.raises(UserError, match=message):
+        load_prompts(write(tmp_path / "p.jsonl", GOOD, row), tokenizer, context_length=64)
+
+
+def test_bad_files_are_named(tmp_path: Path, tokenizer) -> None:
+    (tmp_path / "broken.parquet").write_text("no")
+    for files, message in [
+        ([str(tmp_path / "none.jsonl")], "does not exist"),
+        (write(tmp_path / "empty.jsonl"), "is empty"),
+        (write(tmp_path / "p.csv", GOOD), "unknown kind"),
+        ([str(tmp_path / "broken.parquet")], "not a readable parquet"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            load_prompts(files, tokenizer, context_length=64)
+
+
+def test_tokenizer_larger_than_the_model_is_refused(model: Path, tmp_path: Path) -> None:
+    small = write_tiny_model(tmp_path / "small", "llama", tied=True, vocab=260)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+    with pytest.raises(UserError, match="tokenizer has 259 tokens but config.json says vocab_size=200"):
+        load_tokenizer(str(small), read_architecture(small))
+
+
+def test_stream_deals_every_prompt_each_epoch_and_resumes() -> None:
+    prompts = [Prompt(str(i), "", (i,), ("",)) for i in range(7)]
+    stream = PromptStream(prompts, seed=3)
+    first, second = stream.take(7), stream.take(7)
+    assert sorted(p.uid for p in first) == sorted(p.uid for p in second) == [p.uid for p in prompts]
+    assert first != second, "epochs differ in order"
+    stream = PromptStream(prompts, seed=3)
+    stream.take(10)
+    resumed = PromptStream(prompts, seed=3)
+    resumed.load_state_dict(stream.state_dict())
+    assert resumed.take(9) == stream.take(9)
+    with pytest.raises(UserError, match="7 problems, the checkpoint was made with 8"):
+        resumed.load_state_dict({"epoch": 0, "position": 0, "num_prompts": 8})
