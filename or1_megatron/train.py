@@ -18,6 +18,7 @@ from or1_megatron.data.prompts import PromptStream, load_prompts, load_tokenizer
 from or1_megatron.display import Display
 from or1_megatron.errors import RunFailure, StopRequested, UserError
 from or1_megatron.evaluate import Evaluator, evaluation_line
+from or1_megatron.parallel.device import use_transformer_engine
 from or1_megatron.parallel.hf_files import HFWeights
 from or1_megatron.profiling.spans import Spans
 from or1_megatron.reward.service import RewardService
@@ -169,8 +170,9 @@ def check_inputs(config: Config) -> tuple[Architecture, list[Prompt], list[Promp
             f"rollout.context_length={config.rollout.context_length} is above the model's max_position_embeddings="
             f"{architecture.max_positions}; use at most that"
         )
+    use_transformer_engine(config.model.transformer_impl)
     with HFWeights(Path(config.model.path), architecture):
-        pass
+        pass  # opening them is the check
     tokenizer = load_tokenizer(config.model.path, architecture)
     if not config.data.train:
         raise UserError("data.train is empty; name at least one problem file")

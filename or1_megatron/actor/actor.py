@@ -22,11 +22,11 @@ from megatron.core.transformer.module import Float16Module
 
 from or1_megatron.actor import checkpoint
 from or1_megatron.actor.mesh import build_mesh
-from or1_megatron.actor.model import build_model, named_entries, packed_parameters, uses_transformer_engine
+from or1_megatron.actor.model import build_model, named_entries, packed_parameters
 from or1_megatron.architecture import read_architecture
 from or1_megatron.config import Config
 from or1_megatron.parallel.bucket import Bucket, pack_buckets
-from or1_megatron.parallel.device import device
+from or1_megatron.parallel.device import device, use_transformer_engine
 from or1_megatron.parallel.dims import Dims
 from or1_megatron.parallel.layout import unshard
 from or1_megatron.parallel.vocab import log_probs_and_entropy
@@ -42,7 +42,7 @@ class MegatronActor:
         self.architecture = read_architecture(config.model.path)
         dims = Dims(tp=config.parallel.tp, pp=config.parallel.pp, dp=config.dp)
         self.mesh = build_mesh(dims, rank, config.seed + 1, config.parallel.timeout_s)
-        self._fused_norms = uses_transformer_engine(config)
+        self._fused_norms = use_transformer_engine(config.model.transformer_impl)
         self._gpt = model = build_model(config, self.architecture, self.mesh)
         settings = model.config
         self._bf16 = config.model.dtype == "bf16"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,25 +24,12 @@ from or1_megatron.actor.attention import PackedAttention, RMSNorm
 from or1_megatron.actor.mesh import Mesh
 from or1_megatron.architecture import Architecture
 from or1_megatron.config import Config
-from or1_megatron.errors import UserError
-from or1_megatron.parallel.device import device, has_cuda
+from or1_megatron.parallel.device import device, has_cuda, use_transformer_engine
 from or1_megatron.parallel.hf_files import HFWeights
 from or1_megatron.parallel.layout import Entry, entries, shard
 from or1_megatron.types import MicroBatch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def uses_transformer_engine(config: Config) -> bool:
-    """Resolves model.transformer_impl. Raises UserError when TE is asked for and cannot run here."""
-    wanted = config.model.transformer_impl
-    possible = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
-    if wanted == "transformer_engine" and not possible:
-        raise UserError(
-            "model.transformer_impl=transformer_engine needs a CUDA device and the package transformer-engine; "
-            "use auto or torch"
-        )
-    return possible and wanted != "torch"
 
 
 def transformer_config(config: Config, architecture: Architecture, softmax_scale: float) -> TransformerConfig:
@@ -103,7 +89,7 @@ def build_model(config: Config, architecture: Architecture, mesh: Mesh) -> GPTMo
     # yarn scales cos and sin by a factor f: the scores, a product of two rotated vectors, by f^2.
     scale = float(rotary.attention_scaling) ** 2 * architecture.head_dim**-0.5
     settings = transformer_config(config, architecture, scale)
-    fused_norms = uses_transformer_engine(config)
+    fused_norms = use_transformer_engine(config.model.transformer_impl)
     model = GPTModel(
         config=settings,
         transformer_layer_spec=_layer_spec(settings, mesh, fused_norms),  # type: ignore[arg-type]

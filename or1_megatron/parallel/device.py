@@ -26,10 +26,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import importlib.util
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from or1_megatron.errors import UserError
 
 _HOST = torch.device("cpu")
 _installed = False
@@ -48,6 +51,20 @@ def device() -> torch.device:
 def num_devices() -> int:
     """CUDA devices visible to this process; 0 without CUDA."""
     return torch.cuda.device_count() if has_cuda() else 0
+
+
+def use_transformer_engine(wanted: str) -> bool:
+    """Resolves model.transformer_impl (auto, transformer_engine, torch): TE cannot even be imported without a GPU.
+
+    Raises UserError when it is asked for and cannot run here.
+    """
+    possible = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+    if wanted == "transformer_engine" and not possible:
+        raise UserError(
+            "model.transformer_impl=transformer_engine needs a CUDA device and the package transformer-engine; "
+            "use auto or torch"
+        )
+    return possible and wanted != "torch"
 
 
 def device_name() -> str:
