@@ -22,9 +22,13 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from or1_megatron.actor.mesh import Mesh
 from or1_megatron.errors import UserError
-from or1_megatron.parallel.device import own_optimizer_steps
+from or1_megatron.parallel.device import has_cuda, own_optimizer_steps
 
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
+# Without GPUs all ranks share one host's memory: gather the state on replica 0 only instead of on every rank.
+_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "distrib_optim_fully_reshardable_mem_efficient": not has_cuda(),
+}
 
 
 def _parts(optimizer: Any) -> list[Any]:
