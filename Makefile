@@ -10,6 +10,7 @@ BENCH_ARGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
+BENCH_STAMP := .venv-bench/.installed
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -42,10 +43,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: setup
+# The peers live in an environment of their own on top of .venv: their requirements contradict each other and ours.
+bench: $(BENCH_STAMP)
 	@status=0; for file in $(filter-out benchmarks/harness.py,$(wildcard benchmarks/*.py)); do \
-		$(BIN)/python $$file $(BENCH_ARGS) || status=1; \
+		.venv-bench/bin/python $$file $(BENCH_ARGS) || status=1; \
 	done; exit $$status
+
+$(BENCH_STAMP): $(STAMP)
+	@echo "the peers that the benchmarks compare with, into .venv-bench"
+	@$(BIN)/python -m venv .venv-bench
+	@$(BIN)/python benchmarks/peers/install.py
+	@touch $@
 
 # Leaves .venv and runs/ alone.
 clean:

@@ -17,6 +17,10 @@ CORE = [
     "tensorboard",
     "numpy",
 ]
+IMPORTED_BY_PEERS = [
+    *("aiofiles", "antlr4-python3-runtime==4.9.3", "blinker", "colorlog", "datasets", "flask", "hydra-core==1.3.8"),
+    *("itsdangerous", "multiprocess", "orjson", "pandas", "pyvers", "tenacity", "tensordict", "torchdata", "xxhash"),
+]
 QUICKSTART = ["gguf", "accelerate", "reasoning-gym==0.1.25"]
 
 setup(
@@ -32,9 +36,8 @@ setup(
         "gpu": ["torch", "vllm", "transformer-engine[pytorch]", *QUICKSTART],
         "dev": ["pytest", "hypothesis", "ruff", "pyright[nodejs]"],
         "wandb": ["wandb"],
-        "bench": [
-            "mbridge==0.15.1",
-        ],
+        # What the benchmarks compare with; `make bench` installs them, without what they require.
+        "bench": ["verl==0.9.1", "areal==1.0.4", "trl==1.16.0", "mbridge==0.15.1", *IMPORTED_BY_PEERS],
     },
     entry_points={"console_scripts": ["or1 = or1_megatron.cli:main"]},
 )

@@ -47,6 +47,7 @@ class Case:
     run: Callable[[], float | None]
     amount: float  # work in one run, in `unit`
     unit: str
+    remark: str | Callable[[], str] = ""  # at the end of its row
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -67,6 +68,10 @@ class Case:
     @property
     def median_rate(self) -> float:
         return self.amount / self.median
+
+    def told(self) -> str:
+        """The remark, once the runs are done."""
+        return self.remark if isinstance(self.remark, str) else self.remark()
 
 
 @dataclass
@@ -92,6 +97,12 @@ class Benchmark:
         self.cases: list[Case] = []
         self.marks: list[Mark] = []
         self.notes: list[str] = []
+        self._parts: list[Callable[[], None]] = []
+
+    def part(self, build: Callable[[], None]) -> None:
+        """The cases that `build` registers take turns among themselves, and what it puts on `stack` closes after them:
+        for cases that do not fit into memory all at once."""
+        self._parts.append(build)
 
     def case(
         self, label: str, run: Callable[[], float | None], kind: Kind = "ours", amount: float = 1.0, unit: str = "runs"
@@ -111,20 +122,16 @@ class Benchmark:
         self.notes.append(text)
 
     def measure(self, rounds: int, budget_s: float) -> None:
-        """One warm-up round, then up to `rounds`; none is begun that would not end within the budget."""
+        """All cases, part after part, with an equal share of the budget for each."""
+        with self.stack:
+            if self.cases:
+                _take_turns(self.cases, rounds, budget_s / (1 + len(self._parts)))
+        for build in self._parts:
+            first = len(self.cases)
+            with ExitStack() as self.stack:
+                build()
+                _take_turns(self.cases[first:], rounds, budget_s / len(self._parts))
         assert self.cases, "a benchmark needs a case"
-        started = time.perf_counter()
-        for case in self.cases:
-            case.run()
-        longest = time.perf_counter() - started
-        for index in range(rounds):
-            begun = time.perf_counter()
-            if index and begun - started + longest > budget_s:
-                break
-            first = index % len(self.cases)
-            for case in self.cases[first:] + self.cases[:first]:
-                case.seconds.append(_timed(case.run))
-            longest = max(longest, time.perf_counter() - begun)
 
     def table(self) -> str:
         """What was measured: seconds of one run, and the rates of the fastest and the median run."""
@@ -132,10 +139,11 @@ class Benchmark:
         lines = [f"{self.name}: {self.description}", ""]
         lines.append(f"{'':{width}}  kind   {'min s':>10} {'median s':>10} {'best rate':>12} {'median rate':>12}  runs")
         for case in self.cases:
-            lines.append(
+            row = (
                 f"{case.label:{width}}  {case.kind:5}  {case.best:10.4g} {case.median:10.4g} "
-                f"{case.rate:12,.1f} {case.median_rate:12,.1f}  {len(case.seconds):4}  {case.unit}/s"
+                f"{case.rate:12,.1f} {case.median_rate:12,.1f}  {len(case.seconds):4}  {case.unit}/s  {case.told()}"
             )
+            lines.append(row.rstrip())
         return "\n".join([*lines, *self.notes])
 
     def mark_lines(self) -> list[str]:
@@ -156,6 +164,7 @@ class Benchmark:
                 "seconds": case.seconds,
                 "min": case.best,
                 "median": case.median,
+                "remark": case.told(),
             }
             for case in self.cases
         ]
@@ -187,14 +196,29 @@ def main(
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write rows, marks, machine and versions here")
     options = parser.parse_args(arguments)
     bench = Benchmark(name, description)
-    with bench.stack:
-        build(bench, options.quick)
-        bench.measure(rounds=3 if options.quick else 7, budget_s=QUICK_BUDGET_S if options.quick else float("inf"))
+    build(bench, options.quick)
+    bench.measure(rounds=3 if options.quick else 7, budget_s=QUICK_BUDGET_S if options.quick else float("inf"))
     print(bench.table())
     if options.json:
         options.json.write_text(json.dumps(bench.record(), indent=2) + "\n")
     for line in bench.mark_lines():
         print(line)
+
+
+def _take_turns(cases: list[Case], rounds: int, budget_s: float) -> None:
+    """One warm-up round, then up to `rounds`; none is begun that would not end within the budget."""
+    started = time.perf_counter()
+    for case in cases:
+        case.run()
+    longest = time.perf_counter() - started
+    for index in range(rounds):
+        begun = time.perf_counter()
+        if index and begun - started + longest > budget_s:
+            break
+        first = index % len(cases)
+        for case in cases[first:] + cases[:first]:
+            case.seconds.append(_timed(case.run))
+        longest = max(longest, time.perf_counter() - begun)
 
 
 def _timed(run: Callable[[], float | None]) -> float:

@@ -156,4 +156,5 @@ def write_gradient(
     inside = logits_TV if real == columns else logits_TV[:, :real]
     target = inside if out_TV is logits_TV else out_TV[:, :real]
     vocab_kernels.gradient(inside, top_T, slope_T, offset_T, temperature, target)
-    out_TV.scatter_(1, local_T[:, None], exact_T.to(out_TV.dtype)[:, None])
+    # Not scatter_, which makes a float32 copy of the whole of a bf16 tensor on a CPU.
+    out_TV[torch.arange(len(out_TV), device=out_TV.device), local_T] = exact_T.to(out_TV.dtype)

@@ -24,8 +24,10 @@ from or1_megatron.parallel.vocab import Shard, combine, write_gradient
 
 TokenLoss = Callable[[torch.Tensor, torch.Tensor, slice], torch.Tensor]
 
-_CHUNK_BYTES = {"cpu": 128 << 20, "cuda": 192 << 20}
-_ROWS_OF_WEIGHT_GRADIENT = 8192  # of one product in low precision, added up in float32 while it is in the cache
+# Bytes of a chunk of logits: at least, at most; between them a tenth of the logits of all tokens. On a CPU each chunk
+# costs a pass over the weight's gradient, which large chunks make up for.
+_CHUNK_BYTES = {"cpu": (128 << 20, 512 << 20), "cuda": (192 << 20, 192 << 20)}
+_ROWS_OF_WEIGHT_GRADIENT = 2048  # of one product in low precision, added up in float32 while it is in the cache
 _buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
@@ -36,7 +38,7 @@ def head_log_probs_and_entropy(
     with torch.no_grad():
         parts = [
             combine(_logits(hidden_TH[rows], weight_VH), labels_T[rows], shard)
-            for rows in _chunks(len(hidden_TH), weight_VH)
+            for rows in chunks(len(hidden_TH), weight_VH)
         ]
     return torch.cat([part.log_probs_T for part in parts]), torch.cat([part.entropy_T for part in parts])
 
@@ -75,7 +77,7 @@ class _HeadLoss(torch.autograd.Function):
         hidden_grad_TH = torch.empty_like(hidden_TH)
         log_probs_T, entropy_T = (hidden_TH.new_empty(len(hidden_TH), dtype=torch.float32) for _ in range(2))
         loss = hidden_TH.new_zeros((), dtype=torch.float32)
-        for rows in _chunks(len(hidden_TH), weight_VH):
+        for rows in chunks(len(hidden_TH), weight_VH):
             logits_CV = _logits(hidden_TH[rows], weight_VH)
             found = combine(logits_CV, labels_T[rows], shard)
             log_probs_T[rows], entropy_T[rows] = found.log_probs_T, found.entropy_T
@@ -107,9 +109,11 @@ def _with_gradients(
     return loss.detach(), a_C, b_C
 
 
-def _chunks(num_tokens: int, weight_VH: torch.Tensor) -> Iterator[slice]:
+def chunks(num_tokens: int, weight_VH: torch.Tensor) -> Iterator[slice]:
     """Equal chunks, as few as fit the buffer. The same on all ranks of the vocabulary, whose shards are equal."""
-    most = max(1, _CHUNK_BYTES[weight_VH.device.type] // (len(weight_VH) * weight_VH.element_size()))
+    least_bytes, most_bytes = _CHUNK_BYTES[weight_VH.device.type]
+    row_bytes = len(weight_VH) * weight_VH.element_size()
+    most = max(1, min(max(least_bytes, num_tokens * row_bytes // 10), most_bytes) // row_bytes)
     count = -(-num_tokens // most)
     size = -(-num_tokens // count)
     return (slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size))
@@ -117,13 +121,22 @@ def _chunks(num_tokens: int, weight_VH: torch.Tensor) -> Iterator[slice]:
 
 def _logits(hidden_CH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
     """[C, V] in the shared buffer: valid until the next call. A buffer that stays costs no page faults."""
-    size = len(hidden_CH) * len(weight_VH)
+    return torch.mm(hidden_CH, weight_VH.t(), out=logits_buffer(len(hidden_CH), weight_VH))
+
+
+def logits_buffer(num_tokens: int, weight_VH: torch.Tensor) -> torch.Tensor:
+    """[num_tokens, V], uninitialised: the same memory on every call."""
+    size = num_tokens * len(weight_VH)
     key = (weight_VH.device, weight_VH.dtype)
     if key not in _buffers or _buffers[key].numel() < size:
         _buffers.pop(key, None)
         _buffers[key] = weight_VH.new_empty(size)
-    logits_CV = _buffers[key][:size].view(len(hidden_CH), len(weight_VH))
-    return torch.mm(hidden_CH, weight_VH.t(), out=logits_CV)
+    return _buffers[key][:size].view(num_tokens, len(weight_VH))
+
+
+def forget_buffers() -> None:
+    """Gives their memory back; the next call makes them anew."""
+    _buffers.clear()
 
 
 def _add_weight_gradient(target_VH: torch.Tensor, grad_CV: torch.Tensor, hidden_CH: torch.Tensor) -> None:

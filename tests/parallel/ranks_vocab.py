@@ -52,7 +52,7 @@ def fused(
     rows = len(weight_VH) // world_size
     weight = weight_VH[rank * rows : (rank + 1) * rows].clone()
     shard = Shard(vocab_size, rank * rows, dist.group.WORLD, temperature)
-    vocab_head._CHUNK_BYTES = {"cpu": 5 * 4 * rows}
+    vocab_head._CHUNK_BYTES = {"cpu": (5 * 4 * rows,) * 2}
     hidden, grad = hidden_TH.clone().requires_grad_(), torch.zeros(weight.shape)
 
     def token_loss(log_probs_C: torch.Tensor, entropy_C: torch.Tensor, rows: slice) -> torch.Tensor:

@@ -116,7 +116,7 @@ def test_every_layout_equals_one_process(
     # Each layout takes both heads in turn over the recompute settings.
     heads = itertools.cycle(("plain", "fused") if recompute == "selective" else ("fused", "plain"))
     degrees = [degrees for degrees in DEGREES if math.prod(degrees) == num_ranks]
-    layouts = [Layout(*four, recompute, head) for four, head in zip(degrees, heads, strict=False)]
+    layouts = [Layout(*four, recompute=recompute, head=head) for four, head in zip(degrees, heads, strict=False)]
     arguments = (model, layouts, PACKINGS, sequences, one_process)
     found = run_ranks(num_ranks, ranks.all_layouts, *arguments, timeout_s=500)
     assert (num_ranks, len(layouts)) in [(1, 1), (2, 4), (4, 10)]

@@ -38,6 +38,22 @@ def test_no_round_is_begun_that_would_not_end_in_time():
     assert 1 <= len(case.seconds) <= 5
 
 
+def test_parts_take_turns_among_themselves_and_close_before_the_next():
+    order: list[str] = []
+    bench = Benchmark("b", "d")
+
+    def part(names: str) -> None:
+        bench.stack.callback(lambda: order.append("|"))
+        for name in names:
+            bench.case(name, lambda name=name: order.append(name))
+
+    bench.part(lambda: part("ab"))
+    bench.part(lambda: part("c"))
+    bench.measure(rounds=2, budget_s=100)
+    assert "".join(order) == "ab" + "ab" + "ba" + "|" + "ccc" + "|"
+    assert [case.label for case in bench.cases] == ["a", "b", "c"]
+
+
 @pytest.mark.parametrize(
     ("value", "target", "better", "verdict"),
     [

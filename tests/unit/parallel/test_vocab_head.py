@@ -30,7 +30,7 @@ def weighted(a: torch.Tensor, b: torch.Tensor) -> TokenLoss:
 
 @pytest.mark.parametrize("tokens_per_chunk", [1, 7, 29, 1000])
 def test_equals_the_plain_head_for_every_chunk(tokens_per_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocab_head, "_CHUNK_BYTES", {"cpu": tokens_per_chunk * PADDED * 4})
+    monkeypatch.setattr(vocab_head, "_CHUNK_BYTES", {"cpu": (tokens_per_chunk * PADDED * 4,) * 2})
     hidden, weight, labels, a, b = case()
     shard = Shard(VOCAB, temperature=0.6)
     mine, grad = hidden.clone().requires_grad_(), torch.zeros_like(weight)
@@ -54,7 +54,7 @@ def test_equals_the_plain_head_for_every_chunk(tokens_per_chunk: int, monkeypatc
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_adds_to_the_gradient_buffer(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two micro-batches, each of several chunks, into one float32 buffer, also from bf16 logits."""
-    monkeypatch.setattr(vocab_head, "_CHUNK_BYTES", {"cpu": 8 * PADDED * dtype.itemsize})
+    monkeypatch.setattr(vocab_head, "_CHUNK_BYTES", {"cpu": (8 * PADDED * dtype.itemsize,) * 2})
     monkeypatch.setattr(vocab_head, "_ROWS_OF_WEIGHT_GRADIENT", 100)
     hidden, weight, labels, a, b = case(dtype)
     shard, once, twice = Shard(VOCAB), torch.zeros(PADDED, HIDDEN), torch.ones(PADDED, HIDDEN)
@@ -73,7 +73,7 @@ def test_adds_to_the_gradient_buffer(dtype: torch.dtype, monkeypatch: pytest.Mon
 def test_one_chunk_of_logits_is_all_that_is_ever_allocated(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, labels, a, b = case()
     chunk = 4 * PADDED
-    monkeypatch.setattr(vocab_head, "_CHUNK_BYTES", {"cpu": chunk * 4})
+    monkeypatch.setattr(vocab_head, "_CHUNK_BYTES", {"cpu": (chunk * 4,) * 2})
     monkeypatch.setattr(vocab_head, "_buffers", {})
     monkeypatch.setenv("OR1_COMPILE", "0")
     vocab_kernels._compiled.cache_clear()
