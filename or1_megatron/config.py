@@ -98,6 +98,11 @@ class LossConfig:
     num_reuse: int = key(1, "N_reuse: passes over the rollout buffer")
     clip_low: float = key(0.2, "eps: the ratio is clipped below at 1 - clip_low")
     clip_high: float = key(0.2, "eps_high: the ratio is clipped above at 1 + clip_high")
+    head: str = key(
+        "fused",
+        "LM head: fused (log-probs, entropy and gradients chunk by chunk) or plain (all logits of a micro-batch exist)",
+        ("fused", "plain"),
+    )
     old_log_probs: str = key(
         "current",
         "pi_old: current (needs one optimizer step per rollout), recompute (actor pass), engine (as sampled)",

@@ -23,7 +23,7 @@ from megatron.core.transformer.module import Float16Module
 
 from or1_megatron.actor import checkpoint
 from or1_megatron.actor.mesh import build_mesh
-from or1_megatron.actor.model import DTYPES, build_model, packed_parameters
+from or1_megatron.actor.model import DTYPES, build_model, hand_hidden_states_through, head_inputs, packed_parameters
 from or1_megatron.actor.weights import WeightSource
 from or1_megatron.architecture import read_architecture
 from or1_megatron.config import Config
@@ -31,7 +31,8 @@ from or1_megatron.errors import RunFailure
 from or1_megatron.parallel.context import Part, gather, part_of
 from or1_megatron.parallel.device import device, peak_flops, release_memory, use_transformer_engine
 from or1_megatron.parallel.dims import Dims
-from or1_megatron.parallel.vocab import log_probs_and_entropy
+from or1_megatron.parallel.vocab import Shard, log_probs_and_entropy
+from or1_megatron.parallel.vocab_head import head_log_probs_and_entropy, head_loss
 from or1_megatron.rl.loss import magic_loss
 from or1_megatron.types import MicroBatch, TokenValues, UpdateResult
 
@@ -45,6 +46,9 @@ class MegatronActor:
         self.mesh = build_mesh(Dims.of(config), rank, config.seed + 1, config.parallel.timeout_s)
         self._gpt = model = build_model(config, self.architecture, self.mesh)
         settings = model.config
+        self._fused_head = config.loss.head == "fused"
+        if self._fused_head and self.mesh.last_stage:
+            hand_hidden_states_through(model)
         self._bf16 = config.model.dtype == "bf16"
         self.model = DistributedDataParallel(
             config=settings,
@@ -169,44 +173,57 @@ class MegatronActor:
         )
         return output, partial(reduce, mine, part)
 
-    def _head(
-        self, mine: MicroBatch, logits_1tV: torch.Tensor, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        columns = logits_1tV.shape[-1]
-        return log_probs_and_entropy(
-            logits_1tV.squeeze(0),
-            mine.labels_T,
-            group=self.mesh.tp_group if self.mesh.dims.tp > 1 else None,
-            first_column=self.mesh.coordinates.tp * columns,
-            vocab_size=self.architecture.vocab_size,
-            temperature=temperature,
-        )
+    def _shard(self, temperature: float) -> Shard:
+        a, dims = self.architecture, self.mesh.dims
+        columns = a.padded_vocab_size(dims.tp) // dims.tp
+        group = self.mesh.tp_group if dims.tp > 1 else None
+        return Shard(a.vocab_size, self.mesh.coordinates.tp * columns, group, temperature)
 
     def _score(
-        self, mine: MicroBatch, part: Part, logits_1tV: torch.Tensor, *, temperature: float
+        self, mine: MicroBatch, part: Part, output_1tX: torch.Tensor, *, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        values = self._values(mine, part, *self._head(mine, logits_1tV, temperature))
-        return logits_1tV.new_zeros(()), torch.zeros((), dtype=torch.int, device=device()), ({}, values)
+        shard = self._shard(temperature)
+        if self._fused_head:
+            hidden_tH, weight_VH = head_inputs(self._gpt, output_1tX, self.mesh)
+            found = head_log_probs_and_entropy(hidden_tH, weight_VH, mine.labels_T, shard)
+        else:
+            found = log_probs_and_entropy(output_1tX.squeeze(0), mine.labels_T, shard)
+        values = self._values(mine, part, *found)
+        return output_1tX.new_zeros(()), torch.zeros((), dtype=torch.int, device=device()), ({}, values)
 
     def _loss(
-        self, mine: MicroBatch, part: Part, logits_1tV: torch.Tensor, *, entropy_coefficient: float, num_tokens: int
+        self, mine: MicroBatch, part: Part, output_1tX: torch.Tensor, *, entropy_coefficient: float, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        log_probs_t, entropy_t = self._head(mine, logits_1tV, self.config.rollout.temperature)
-        values = self._values(mine, part, log_probs_t, entropy_t)
-        terms = magic_loss(
-            log_probs_t,
-            mine.old_log_probs_T,
-            mine.advantages_T,
-            mine.weights_T,
-            entropy_t,
-            entropy_coefficient=entropy_coefficient,
-            num_tokens=num_tokens,
-            clip_low=self.config.loss.clip_low,
-            clip_high=self.config.loss.clip_high,
-        )
-        sums = {"loss": terms.loss.detach().clone(), **terms.sums}
+        sums: dict[str, torch.Tensor] = {}
+
+        def token_loss(log_probs_c: torch.Tensor, entropy_c: torch.Tensor, rows: slice) -> torch.Tensor:
+            old_t = mine.old_log_probs_T
+            terms = magic_loss(
+                log_probs_c,
+                None if old_t is None else old_t[rows],
+                mine.advantages_T[rows],
+                mine.weights_T[rows],
+                entropy_c,
+                entropy_coefficient=entropy_coefficient,
+                num_tokens=num_tokens,
+                clip_low=self.config.loss.clip_low,
+                clip_high=self.config.loss.clip_high,
+            )
+            for name, value in {"loss": terms.loss.detach(), **terms.sums}.items():
+                sums[name] = sums[name] + value if name in sums else value.clone()
+            return terms.loss
+
+        shard = self._shard(self.config.rollout.temperature)
+        if self._fused_head:
+            hidden_tH, weight_VH = head_inputs(self._gpt, output_1tX, self.mesh)
+            grad_VH = weight_VH.main_grad  # type: ignore[attr-defined]  # of Megatron's DistributedDataParallel
+            loss, *found = head_loss(hidden_tH, weight_VH, grad_VH, mine.labels_T, shard, token_loss)
+        else:
+            found = log_probs_and_entropy(output_1tX.squeeze(0), mine.labels_T, shard)
+            loss = token_loss(*found, slice(None))
+        values = self._values(mine, part, *found)
         # Megatron's triple: loss, token count (ignored, see finalize above), what to hand back.
-        return terms.loss, torch.zeros((), dtype=torch.int, device=device()), (sums, values)
+        return loss, torch.zeros((), dtype=torch.int, device=device()), (sums, values)
 
     def _values(self, mine: MicroBatch, part: Part, log_probs_t: torch.Tensor, entropy_t: torch.Tensor) -> TokenValues:
         """Of the whole pack, in its order, on the host. Raises RunFailure at the first that is not finite."""

@@ -13,6 +13,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -150,6 +151,23 @@ def load_hf_weights(
     with HFWeights(path, architecture) as weights, torch.no_grad():
         for parameter, entry in named_entries(model, architecture, fused_norms=fused_norms):
             shard_into(parameter, entry, weights.read, architecture, tp=mesh.dims.tp, rank=mesh.coordinates.tp)
+
+
+def hand_hidden_states_through(model: GPTModel) -> None:
+    """The output layer keeps its weight and returns its input: the fused head (parallel/vocab_head.py) applies it."""
+    layer: Any = model.output_layer
+    layer.forward = lambda hidden, **_: (hidden, None)
+
+
+def head_inputs(model: GPTModel, hidden_1tH: torch.Tensor, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
+    """([T, H] hidden states of all tokens on every tensor rank, [V, H] weight of the head). With sequence parallel the
+    ranks hold a stretch of the tokens each: gathered here, and in backward summed over the ranks and cut again."""
+    hidden_tH = hidden_1tH.squeeze(0)
+    if mesh.dims.tp > 1:
+        hidden_tH = gather_from_sequence_parallel_region(hidden_tH, tensor_parallel_output_grad=True)
+    tied = model.share_embeddings_and_output_weights
+    weight: Any = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    return hidden_tH, weight
 
 
 def packed_parameters(micro_batch: MicroBatch, part: Part, max_seqlen: int) -> PackedSeqParams:

@@ -16,132 +16,144 @@ with a = dL/dlog pi and b = dL/dH of the token:
     dL/dz_j = (a 1{j = label} - e^(u_j - logZ) (b u_j + a - b ubar)) / temperature
 
 One all-gather of [4, T] float32 forward, combined in rank order so that all ranks agree to the bit; no collective in
-backward. Kept for it: the logits and (M, S, ubar - M/temperature) per token. Logits are read in blocks of tokens, so
-no float32 copy of all of them ever exists.
+backward. `log_probs_and_entropy` takes logits that exist: the plain head, and the dense twin of vocab_head.py, which
+never has more than a chunk of them. The passes over the logits are in vocab_kernels.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-# float32 elements of one block: a cache's worth on a CPU; on a GPU enough to hide the launches, 256 MiB.
-_BLOCK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+from or1_megatron.parallel import vocab_kernels
+
+
+@dataclass(frozen=True)
+class Shard:
+    """This rank's columns [first_column, first_column + V) of the padded vocabulary.
+
+    Columns at vocab_size and above are padding: they take no part and get gradient 0. group: the ranks that share
+    the vocabulary, all of which make the same calls; None when it is not sharded.
+    """
+
+    vocab_size: int
+    first_column: int = 0
+    group: dist.ProcessGroup | None = None
+    temperature: float = 1.0
+
+    def real_columns(self, columns: int) -> int:
+        return max(0, min(columns, self.vocab_size - self.first_column))
+
+    def own(self, labels_T: torch.Tensor, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Labels as columns of this rank, and whether it owns them; where it does not, some column it has."""
+        real = self.real_columns(columns)
+        local_T = labels_T - self.first_column
+        return local_T.clamp(0, max(0, real - 1)), (local_T >= 0) & (local_T < real)
+
+
+@dataclass(frozen=True)
+class Combined:
+    """Per token, over all ranks, float32: M, S, ubar - M/temperature, and the two results."""
+
+    top_T: torch.Tensor
+    total_T: torch.Tensor
+    centred_T: torch.Tensor
+    log_probs_T: torch.Tensor
+    entropy_T: torch.Tensor
 
 
 def log_probs_and_entropy(
-    logits_TV: torch.Tensor,
-    labels_T: torch.Tensor,
-    *,
-    group: dist.ProcessGroup | None,
-    first_column: int,
-    vocab_size: int,
-    temperature: float = 1.0,
-    with_entropy: bool = True,
+    logits_TV: torch.Tensor, labels_T: torch.Tensor, shard: Shard
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(log pi(label), entropy in nats), each [T] float32.
-
-    logits_TV: this rank's columns [first_column, first_column + V) of the padded vocabulary; columns at vocab_size
-    and above are padding: they take no part and get gradient 0. labels_T: global ids below vocab_size. group: the
-    ranks that share the vocabulary, all of which call this; None when it is not sharded. with_entropy False saves its
-    passes: the entropy is then NaN, which cannot be mistaken for one. Inputs are left unmodified.
-    """
-    return _LogProbsAndEntropy.apply(  # type: ignore[return-value]
-        logits_TV, labels_T, group, first_column, vocab_size, temperature, with_entropy
-    )
+    """(log pi(label), entropy in nats), each [T] float32; labels_T: global ids below vocab_size. Inputs are left
+    unmodified."""
+    return _LogProbsAndEntropy.apply(logits_TV, labels_T, shard)  # type: ignore[return-value]
 
 
 class _LogProbsAndEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        logits_TV: torch.Tensor,
-        labels_T: torch.Tensor,
-        group: dist.ProcessGroup | None,
-        first_column: int,
-        vocab_size: int,
-        temperature: float,
-        with_entropy: bool,
+        ctx: Any, logits_TV: torch.Tensor, labels_T: torch.Tensor, shard: Shard
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        columns = max(0, min(logits_TV.shape[1], vocab_size - first_column))
-        local_T = labels_T - first_column
-        owned_T = (local_T >= 0) & (local_T < columns)
-        local_T = local_T.clamp(0, max(0, columns - 1))
-        stats_4T = _statistics(logits_TV[:, :columns], local_T, owned_T, temperature, with_entropy)
-        gathered = [stats_4T]
-        if group is not None:
-            gathered = [torch.empty_like(stats_4T) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(gathered, stats_4T, group=group)
-        m_RT, s_RT, t_RT, y_RT = torch.stack(gathered).unbind(1)
-        top_T = m_RT.amax(0)
-        # A rank of padding only has m = -inf, s = t = 0; the clamp makes its term 0 instead of -inf * 0.
-        below_RT = ((m_RT - top_T) / temperature).clamp(min=-1e30)
-        scale_RT = below_RT.exp()
-        total_T = (scale_RT * s_RT).sum(0)
-        log_total_T = total_T.log()
-        centred_T = (scale_RT * (t_RT + below_RT * s_RT)).sum(0) / total_T  # ubar - M/temperature
-        log_probs_T = (y_RT.sum(0) - top_T) / temperature - log_total_T
-        ctx.save_for_backward(logits_TV, local_T, owned_T, top_T, total_T, centred_T)
-        ctx.columns, ctx.temperature, ctx.with_entropy = columns, temperature, with_entropy
-        if with_entropy:
-            return log_probs_T, log_total_T - centred_T
-        entropy_T = torch.full_like(log_probs_T, torch.nan)
-        ctx.mark_non_differentiable(entropy_T)
-        return log_probs_T, entropy_T
+        combined = combine(logits_TV, labels_T, shard)
+        ctx.save_for_backward(logits_TV, labels_T, combined.top_T, combined.total_T, combined.centred_T)
+        ctx.shard = shard
+        return combined.log_probs_T, combined.entropy_T
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        logits_TV, local_T, owned_T, *rest = ctx.saved_tensors
-        a_T1, b_T1, top_T1, total_T1, centred_T1 = (value.unsqueeze(1) for value in (*grads, *rest))
-        label_T1 = torch.where(owned_T.unsqueeze(1), a_T1 / ctx.temperature, 0.0)
-        # With v = u - M/temperature: e^(u - logZ) (b u + a - b ubar) = e^v (b v + a - b (ubar - M/temperature)) / S
-        slope_T1 = -b_T1 / (total_T1 * ctx.temperature)
-        offset_T1 = (b_T1 * centred_T1 - a_T1) / (total_T1 * ctx.temperature)
+        logits_TV, labels_T, *rest = ctx.saved_tensors
         grad_TV = torch.empty_like(logits_TV)
-        grad_TV[:, ctx.columns :] = 0
-        for rows in _blocks(logits_TV) if ctx.columns else ():
-            shifted = _shifted(logits_TV[rows, : ctx.columns].float(), top_T1[rows], ctx.temperature)
-            grad = shifted.exp()
-            if ctx.with_entropy:
-                grad.mul_(torch.addcmul(offset_T1[rows], shifted, slope_T1[rows]))
-            else:
-                grad.mul_(offset_T1[rows])
-            grad.scatter_add_(1, local_T[rows, None], label_T1[rows])
-            grad_TV[rows, : ctx.columns] = grad
-        return grad_TV, None, None, None, None, None, None
+        write_gradient(logits_TV, labels_T, ctx.shard, *rest, *grads, out_TV=grad_TV)
+        return grad_TV, None, None
 
 
-def _blocks(logits_TV: torch.Tensor) -> list[slice]:
-    rows = max(1, _BLOCK_ELEMENTS[logits_TV.device.type] // max(1, logits_TV.shape[1]))
-    return [slice(start, start + rows) for start in range(0, len(logits_TV), rows)]
+def combine(logits_TV: torch.Tensor, labels_T: torch.Tensor, shard: Shard) -> Combined:
+    """The statistics of all ranks' columns. Collective over the group."""
+    temperature = shard.temperature
+    stats_4T = _statistics(logits_TV, labels_T, shard)
+    gathered = [stats_4T]
+    if shard.group is not None:
+        gathered = [torch.empty_like(stats_4T) for _ in range(dist.get_world_size(shard.group))]
+        dist.all_gather(gathered, stats_4T, group=shard.group)
+    m_RT, s_RT, t_RT, y_RT = torch.stack(gathered).unbind(1)
+    top_T = m_RT.amax(0)
+    # A rank of padding only has m = -inf, s = t = 0; the clamp makes its term 0 instead of -inf * 0.
+    below_RT = ((m_RT - top_T) / temperature).clamp(min=-1e30)
+    scale_RT = below_RT.exp()
+    total_T = (scale_RT * s_RT).sum(0)
+    log_total_T = total_T.log()
+    centred_T = (scale_RT * (t_RT + below_RT * s_RT)).sum(0) / total_T
+    log_probs_T = (y_RT.sum(0) - top_T) / temperature - log_total_T
+    return Combined(top_T, total_T, centred_T, log_probs_T, log_total_T - centred_T)
 
 
-def _shifted(z: torch.Tensor, top: torch.Tensor, temperature: float) -> torch.Tensor:
-    """(z - top) / temperature in memory of its own."""
-    shifted = torch.sub(z, top)
-    return shifted if temperature == 1 else shifted.div_(temperature)
-
-
-def _statistics(
-    logits_TV: torch.Tensor, local_T: torch.Tensor, owned_T: torch.Tensor, temperature: float, with_entropy: bool
-) -> torch.Tensor:
-    """[4, T] float32: m, s, t, y of this rank's true columns; t is 0 without entropy."""
+def _statistics(logits_TV: torch.Tensor, labels_T: torch.Tensor, shard: Shard) -> torch.Tensor:
+    """[4, T] float32: m, s, t, y of this rank's true columns."""
     stats_4T = logits_TV.new_zeros(4, len(logits_TV), dtype=torch.float32)
-    if logits_TV.shape[1] == 0:
+    real = shard.real_columns(logits_TV.shape[1])
+    if real == 0:
         stats_4T[0] = -torch.inf
         return stats_4T
-    for rows in _blocks(logits_TV):
-        z = logits_TV[rows].float()
-        m = z.amax(1, keepdim=True)
-        shifted = _shifted(z, m, temperature)
-        weights = shifted.exp()
-        stats_4T[0, rows] = m.squeeze(1)
-        stats_4T[1, rows] = weights.sum(1)
-        if with_entropy:
-            stats_4T[2, rows] = weights.mul_(shifted).sum(1)
-        stats_4T[3, rows] = torch.where(owned_T[rows], z.gather(1, local_T[rows, None]).squeeze(1), 0.0)
+    local_T, owned_T = shard.own(labels_T, logits_TV.shape[1])
+    for row, value_T in enumerate(vocab_kernels.statistics(logits_TV[:, :real], shard.temperature)):
+        stats_4T[row] = value_T
+    stats_4T[3] = torch.where(owned_T, logits_TV.gather(1, local_T[:, None]).squeeze(1).float(), 0.0)
     return stats_4T
+
+
+def write_gradient(
+    logits_TV: torch.Tensor,
+    labels_T: torch.Tensor,
+    shard: Shard,
+    top_T: torch.Tensor,
+    total_T: torch.Tensor,
+    centred_T: torch.Tensor,
+    a_T: torch.Tensor,
+    b_T: torch.Tensor,
+    *,
+    out_TV: torch.Tensor,
+) -> None:
+    """dL/dlogits for a = dL/dlog pi and b = dL/dH; `out_TV` may be `logits_TV` itself."""
+    columns = logits_TV.shape[1]
+    real, temperature = shard.real_columns(columns), shard.temperature
+    out_TV[:, real:] = 0
+    if real == 0:
+        return
+    local_T, owned_T = shard.own(labels_T, columns)
+    # With v = u - M/temperature: e^(u - logZ) (b u + a - b ubar) = e^v (b v + a - b (ubar - M/temperature)) / S
+    slope_T = -b_T / (total_T * temperature)
+    offset_T = (b_T * centred_T - a_T) / (total_T * temperature)
+    label_T = torch.where(owned_T, a_T / temperature, 0.0)
+    # The label's element again in float32 with its own term, which can cancel most of it.
+    at_label_T = (logits_TV.gather(1, local_T[:, None]).squeeze(1).float() - top_T) / temperature
+    exact_T = at_label_T.exp() * (at_label_T * slope_T + offset_T) + label_T
+    inside = logits_TV if real == columns else logits_TV[:, :real]
+    target = inside if out_TV is logits_TV else out_TV[:, :real]
+    vocab_kernels.gradient(inside, top_T, slope_T, offset_T, temperature, target)
+    out_TV.scatter_(1, local_T[:, None], exact_T.to(out_TV.dtype)[:, None])

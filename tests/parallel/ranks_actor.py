@@ -14,6 +14,7 @@ from or1_megatron.actor.actor import MegatronActor
 from or1_megatron.actor.model import named_entries
 from or1_megatron.config import Config
 from or1_megatron.errors import RunFailure
+from or1_megatron.parallel import vocab_head
 from or1_megatron.parallel.bucket import unpack_bucket
 from or1_megatron.parallel.layout import unshard
 from or1_megatron.parallel.packing import pack, plan, unpack_response_values
@@ -131,14 +132,15 @@ def poison_hidden_state(actor: MegatronActor, *, token: int) -> None:
 
 
 def poison_negative_logit(actor: MegatronActor, *, row: int) -> None:
-    """The logit of `row` is -infinity at every token."""
+    """The logit of `row` is -infinity at every token; tp = 1."""
+    logits = vocab_head._logits
 
-    def poison(module: Any, arguments: Any, output: tuple) -> tuple:
-        logits = output[0].clone()
-        logits[..., row] = -torch.inf
-        return logits, *output[1:]
+    def poisoned(hidden_CH: torch.Tensor, weight_VH: torch.Tensor) -> torch.Tensor:
+        found_CV = logits(hidden_CH, weight_VH)
+        found_CV[:, row] = -torch.inf
+        return found_CV
 
-    actor._gpt.output_layer.register_forward_hook(poison)
+    vocab_head._logits = poisoned
 
 
 def exported(rank: int, world_size: int, config: Config) -> dict[str, torch.Tensor]:

@@ -38,6 +38,7 @@ class Layout:
     cp: int = 1
     dp: int = 1
     recompute: str = "none"
+    head: str = "fused"
 
     @property
     def num_ranks(self) -> int:
@@ -52,6 +53,7 @@ class Layout:
             # eps of the gradients' size: the step is then a smooth function of the gradient. With 1e-8 it is its
             # sign, and where a gradient is all rounding, so would the difference of two layouts be.
             "optimizer": {"eps": EPS},
+            "loss": {"head": self.head},
         }
         return from_tree([("test", tree)])
 

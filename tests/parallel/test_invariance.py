@@ -1,8 +1,9 @@
 """The same batch in every layout of up to four ranks gives the same two optimizer steps as one process.
 
-Every (tp, pp, cp, dp) with a product of 1, 2 or 4, with every recompute setting, token budget and packing. Compared
-in float32: loss and gradient norm of both steps, log-probs and entropy of every response token under the policy
-before each step, and the weights after both. The optimizer's eps is of the gradients' size; see ranks_invariance.py.
+Every (tp, pp, cp, dp) with a product of 1, 2 or 4, with every recompute setting, token budget, packing and head.
+Compared in float32: loss and gradient norm of both steps, log-probs and entropy of every response token under the
+policy before each step, and the weights after both. The optimizer's eps is of the gradients' size; see
+ranks_invariance.py.
 """
 
 from __future__ import annotations
@@ -112,7 +113,10 @@ def test_every_layout_equals_one_process(
     one_process: Outcome,
     largest: list[dict[str, float]],
 ) -> None:
-    layouts = [Layout(tp, pp, cp, dp, recompute) for tp, pp, cp, dp in DEGREES if tp * pp * cp * dp == num_ranks]
+    # Each layout takes both heads in turn over the recompute settings.
+    heads = itertools.cycle(("plain", "fused") if recompute == "selective" else ("fused", "plain"))
+    degrees = [degrees for degrees in DEGREES if math.prod(degrees) == num_ranks]
+    layouts = [Layout(*four, recompute, head) for four, head in zip(degrees, heads, strict=False)]
     arguments = (model, layouts, PACKINGS, sequences, one_process)
     found = run_ranks(num_ranks, ranks.all_layouts, *arguments, timeout_s=500)
     assert (num_ranks, len(layouts)) in [(1, 1), (2, 4), (4, 10)]

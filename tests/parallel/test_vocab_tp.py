@@ -44,3 +44,24 @@ def test_sharded_equals_dense(sharding: str, temperature: float):
     grad_TV = torch.cat([rank["grad"] for rank in ranks], dim=1)
     assert not grad_TV[:, vocab_size:].any()
     torch.testing.assert_close(grad_TV[:, :vocab_size].double(), dense.grad, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_sharded_fused_head_equals_dense(sharding: str):
+    tp, vocab_size, padded = SHARDINGS[sharding]
+    torch.manual_seed(0)
+    hidden_TH, weight_VH = torch.randn(23, 16), torch.randn(padded, 16)
+    labels_T = torch.randint(0, vocab_size, (23,))
+    a_T, b_T = torch.randn(23), torch.randn(23)
+    ranks = run_ranks(tp, ranks_vocab.fused, hidden_TH, weight_VH, labels_T, a_T, b_T, vocab_size, 0.6)
+    hidden, weight = hidden_TH.double().requires_grad_(), weight_VH.double().requires_grad_()
+    log_probs_T, entropy_T = dense_log_probs_and_entropy(hidden @ weight[:vocab_size].T, labels_T, 0.6)
+    loss = (a_T * log_probs_T + b_T * entropy_T).sum()
+    loss.backward()
+    for rank in ranks:
+        torch.testing.assert_close(rank["log_probs"].double(), log_probs_T, atol=5e-6, rtol=1e-6)
+        torch.testing.assert_close(rank["entropy"].double(), entropy_T, atol=5e-6, rtol=1e-6)
+        torch.testing.assert_close(rank["loss"].double(), loss, atol=1e-4, rtol=1e-6)
+        torch.testing.assert_close(rank["hidden_grad"].double(), hidden.grad, atol=2e-5, rtol=1e-5)
+    weight_grad = torch.cat([rank["weight_grad"] for rank in ranks])
+    torch.testing.assert_close(weight_grad.double(), weight.grad, atol=2e-5, rtol=1e-5)

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from or1_megatron.parallel.packing import pack, plan
-from or1_megatron.parallel.vocab import log_probs_and_entropy
+from or1_megatron.parallel.vocab import Shard, log_probs_and_entropy
 from or1_megatron.rl.loss import LossTerms, magic_loss
 from or1_megatron.types import Sequence
 from tests.dense_reference import dense_step
@@ -129,9 +129,7 @@ def test_packing_and_ranks_do_not_change_the_loss(off_policy: bool):
             logits_TV = torch.zeros(batch.num_tokens, VOCAB, requires_grad=True).clone()
             for i, start in zip(ids, batch.cu_seqlens, strict=False):
                 logits_TV[start : start + lengths[i]] = logits[i]
-            log_probs_T, entropy_T = log_probs_and_entropy(
-                logits_TV, batch.labels_T, group=None, first_column=0, vocab_size=VOCAB
-            )
+            log_probs_T, entropy_T = log_probs_and_entropy(logits_TV, batch.labels_T, Shard(VOCAB))
             terms = magic_loss(
                 log_probs_T, batch.old_log_probs_T, batch.advantages_T, batch.weights_T, entropy_T,
                 entropy_coefficient=ALPHA, num_tokens=num_tokens, **CLIPS,
@@ -168,7 +166,7 @@ def test_loss_and_gradients_equal_the_dense_reference(off_policy: bool, tiny_qwe
         pieces = [slice(*ends) for ends in itertools.pairwise(batch.cu_seqlens)]
         logits = [model(batch.tokens_T[piece].unsqueeze(0)).logits[0] for piece in pieces]
         log_probs_T, entropy_T = log_probs_and_entropy(
-            torch.cat(logits), batch.labels_T, group=None, first_column=0, vocab_size=301, temperature=TEMPERATURE
+            torch.cat(logits), batch.labels_T, Shard(301, temperature=TEMPERATURE)
         )
         terms = magic_loss(
             log_probs_T, batch.old_log_probs_T, batch.advantages_T, batch.weights_T, entropy_T,

@@ -1,0 +1,138 @@
+"""The two passes over logits: statistics of each row, and the gradient with respect to each element.
+
+z is a block [T, V] of logits of any float dtype; everything is computed in float32, element by element in registers
+where a compiler is at hand: torch.compile's C++ on a CPU, Triton on CUDA. Without a compiler, the same formulas run
+eagerly in blocks of rows that fit a cache. With v = (z - top) / temperature:
+
+    statistics  top = max z,  s = sum e^v,  t = sum v e^v      per row
+    gradient    e^v (slope v + offset)                         slope and offset per row
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+_BLOCK_ELEMENTS = 1 << 20  # float32 elements of one eager block: a cache's worth
+# Statistics are made per block of columns and then combined: a row of it stays in the cache between the search for its
+# maximum and its sums, and no sum of 150,000 terms is added up in one float32, which costs 2e-5 nats.
+_COLUMNS = 16384
+
+
+def statistics(logits_TV: torch.Tensor, temperature: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(top, s, t), each [T] float32. V is at least 1."""
+    if logits_TV.is_cuda:
+        from or1_megatron.parallel import vocab_triton
+
+        return vocab_triton.statistics(logits_TV, temperature)
+    scale = torch.tensor(1 / temperature)
+    with torch._C.DisableTorchFunction():
+        run = _compiled(_statistics, _statistics_eager)
+        parts = [run(block_TC, scale) for block_TC in logits_TV.split(_COLUMNS, dim=1)]
+        top_TN, s_TN, t_TN = (torch.stack(column, 1) for column in zip(*parts, strict=True))
+        top_T = top_TN.amax(1)
+        below_TN = ((top_TN - top_T[:, None]) * scale).clamp(min=-1e30)
+        weight_TN = below_TN.exp()
+        return top_T, (weight_TN * s_TN).sum(1), (weight_TN * (t_TN + below_TN * s_TN)).sum(1)
+
+
+def gradient(
+    logits_TV: torch.Tensor,
+    top_T: torch.Tensor,
+    slope_T: torch.Tensor,
+    offset_T: torch.Tensor,
+    temperature: float,
+    out_TV: torch.Tensor,
+) -> None:
+    """Writes the gradient to `out_TV`, which may be `logits_TV` itself. Per-row values are float32."""
+    if logits_TV.is_cuda:
+        from or1_megatron.parallel import vocab_triton
+
+        vocab_triton.gradient(logits_TV, top_T, slope_T, offset_T, temperature, out_TV)
+        return
+    values = (logits_TV, top_T, slope_T, offset_T, torch.tensor(1 / temperature))
+    with torch._C.DisableTorchFunction():
+        if out_TV is logits_TV:
+            _compiled(_gradient_, _gradient_eager_)(*values)
+        else:
+            _compiled(_gradient, _gradient_eager)(*values, out_TV)
+
+
+@lru_cache(maxsize=8)
+def _compiled(formula: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
+    """`formula` compiled, where a C++ compiler works; else `eager`. OR1_COMPILE=0 asks for eager."""
+    if os.environ.get("OR1_COMPILE") == "0" or not _can_compile():
+        return eager
+    return torch.compile(formula, dynamic=True)
+
+
+@lru_cache(maxsize=1)
+def _can_compile() -> bool:
+    """Tried once on two numbers: whether there is a compiler, and whether what it makes can be loaded."""
+    from torch._dynamo import config
+
+    if config.disable:
+        return False
+    try:
+        torch.compile(lambda x: x + 1, dynamic=True)(torch.zeros(2))
+    except Exception as error:  # whatever a tool chain can be missing
+        reason = str(error).strip().splitlines()[0]
+        logging.getLogger(__name__).warning("no C++ compiler for torch.compile, running eagerly: %s", reason)
+        return False
+    return True
+
+
+def _statistics(z: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    z = z.float()
+    top = z.amax(1)
+    shifted = (z - top.unsqueeze(1)) * scale
+    weights = shifted.exp()
+    return top, weights.sum(1), (weights * shifted).sum(1)
+
+
+def _gradient_(z: torch.Tensor, top: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, scale: Any) -> None:
+    shifted = (z.float() - top.unsqueeze(1)) * scale
+    z.copy_(shifted.exp() * (shifted * slope.unsqueeze(1) + offset.unsqueeze(1)))
+
+
+def _gradient(
+    z: torch.Tensor, top: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, scale: Any, out: torch.Tensor
+) -> None:
+    shifted = (z.float() - top.unsqueeze(1)) * scale
+    out.copy_(shifted.exp() * (shifted * slope.unsqueeze(1) + offset.unsqueeze(1)))
+
+
+def _row_blocks(rows: int, columns: int) -> list[slice]:
+    size = max(1, _BLOCK_ELEMENTS // columns)
+    return [slice(start, start + size) for start in range(0, rows, size)]
+
+
+def _statistics_eager(z: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    parts = []
+    for rows in _row_blocks(*z.shape):
+        block = z[rows].float()
+        top = block.amax(1)
+        shifted = torch.sub(block, top.unsqueeze(1)).mul_(scale)
+        weights = shifted.exp()
+        total = weights.sum(1)
+        parts.append((top, total, weights.mul_(shifted).sum(1)))
+    top, total, centred = (torch.cat(column) for column in zip(*parts, strict=True))
+    return top, total, centred
+
+
+def _gradient_eager_(z: torch.Tensor, top: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, scale: Any) -> None:
+    _gradient_eager(z, top, slope, offset, scale, z)
+
+
+def _gradient_eager(
+    z: torch.Tensor, top: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor, scale: Any, out: torch.Tensor
+) -> None:
+    for rows in _row_blocks(*z.shape):
+        shifted = torch.sub(z[rows].float(), top[rows, None]).mul_(scale)
+        weights = shifted.exp()
+        out[rows] = weights.mul_(torch.addcmul(offset[rows, None], shifted, slope[rows, None]))
