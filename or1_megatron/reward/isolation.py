@@ -1,4 +1,4 @@
-"""What a process can give up for good before it runs code that nobody vouches for. Standard library only (errors.py too is).
+"""What a process can give up for good before it runs code that nobody vouches for. Imports the standard library only.
 
 Levels, each with all before it:
     rlimits     address space, CPU time, no core, no file growth, own session; capabilities dropped
@@ -50,14 +50,16 @@ sigaltstack 131 132; arch_prctl 158 -1; gettid 186 178; time 201 -1; futex 202 9
 epoll_create 213 -1; epoll_create1 291 20; epoll_ctl 233 21; epoll_wait 232 -1; epoll_pwait 281 22; eventfd2 290 19;
 set_tid_address 218 96; restart_syscall 219 128; clock_gettime 228 113; clock_getres 229 114; clock_nanosleep 230 115;
 set_robust_list 273 99; getrandom 318 278; rseq 334 293; membarrier 324 283; close_range 436 436; capget 125 90;
-sched_getparam 143 121; sched_getscheduler 145 120; rt_sigpending 127 136; rt_sigtimedwait 128 137; rt_sigsuspend 130 133
+sched_getparam 143 121; sched_getscheduler 145 120; rt_sigpending 127 136; rt_sigtimedwait 128 137;
+rt_sigsuspend 130 133
 """
 # Nothing that solves a problem needs these; the process ends at once and the verdict is sandbox_violation.
 _KILLED = """
 fork 57 -1; vfork 58 -1; execve 59 221; execveat 322 281; socket 41 198; connect 42 203; bind 49 200; listen 50 201;
 accept 43 202; accept4 288 242; sendmsg 46 211; sendmmsg 307 269; ptrace 101 117; process_vm_readv 310 270;
-process_vm_writev 311 271; pidfd_open 434 434; pidfd_send_signal 424 424; pidfd_getfd 438 438; kill 62 129; tkill 200 130;
-rt_sigqueueinfo 129 138; rt_tgsigqueueinfo 297 240; kcmp 312 272; setsid 112 157; setpgid 109 154; setuid 105 146;
+process_vm_writev 311 271; pidfd_open 434 434; pidfd_send_signal 424 424; pidfd_getfd 438 438; kill 62 129;
+tkill 200 130; rt_sigqueueinfo 129 138; rt_tgsigqueueinfo 297 240; kcmp 312 272; setsid 112 157; setpgid 109 154;
+setuid 105 146;
 setgid 106 144; setresuid 117 147; setresgid 119 149; setgroups 116 159; capset 126 91; mount 165 40; umount2 166 39;
 pivot_root 155 41; chroot 161 51; unshare 272 97; setns 308 268; bpf 321 280; perf_event_open 298 241;
 userfaultfd 323 282; io_uring_setup 425 425; keyctl 250 219; add_key 248 217; request_key 249 218; memfd_create 319 279;
@@ -143,7 +145,7 @@ def readable_paths() -> list[str]:
 
 
 def landlock_rules(paths: list[str]) -> int:
-    """Descriptor of a rule set that allows reading `paths` and nothing else of any file system; -1 where unsupported."""
+    """Descriptor of a rule set that allows reading `paths` and nothing else of any file; -1 where unsupported."""
     version = landlock_version()
     if not version:
         return -1

@@ -52,7 +52,7 @@ def _assertions(payload: dict[str, Any], session: Session) -> tuple[str, str]:
         raise BrokenTests(f"{type(error).__name__}: {error}") from None
     namespace.update(prelude)
     session.classes = {name: item for name, item in prelude.items() if isinstance(item, type)}
-    # A function that the tests and the prelude share runs here; the entry point runs over there, whatever its stub says.
+    # Functions of the prelude run here; the entry point runs over there, whatever its stub in the prelude says.
     entry_point = payload["entry_point"]
     candidate = None
     if entry_point:

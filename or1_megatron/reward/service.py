@@ -12,6 +12,7 @@ A thread of the parent hands tasks to workers over sockets and keeps their deadl
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -155,10 +156,8 @@ class RewardService:
     # ---- the service's own thread
 
     def _wake(self) -> None:
-        try:
+        with contextlib.suppress(BlockingIOError):  # it is awake enough
             os.write(self._wake_to, b".")
-        except BlockingIOError:
-            pass  # it is awake enough
 
     def _run(self) -> None:
         try:
@@ -305,10 +304,14 @@ class RewardService:
                 worker.job = None
                 self._remove(worker)
                 self._finish(job, "timeout", spent, f"after {spent:.1f} s")
-            elif self._waiting and spent >= _PATIENCE_S and not (worker.in_background or job.is_code):
-                if in_background < most:
-                    worker.pause()
-                    in_background += 1
+            elif (
+                self._waiting
+                and spent >= _PATIENCE_S
+                and in_background < most
+                and not (worker.in_background or job.is_code)
+            ):
+                worker.pause()
+                in_background += 1
 
     def _remove(self, worker: WorkerProcess) -> int | None:
         """Ends a worker; its wait status, None when its template is gone."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import importlib
+import io
 import itertools
 import json
 import os
@@ -29,7 +30,8 @@ MAX_FRAME = 64 * 2**20
 MAX_ITEMS = 1_000_000
 # Star imports that LiveCodeBench puts before every solution, and people's solutions rely on.
 _STARS = (
-    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io json typing"
+    "string re datetime collections heapq bisect copy math random statistics itertools functools operator io json "
+    "typing"
 ).split()
 _TEST_MODULES = frozenset({*_STARS, "sys", "time", "cmath", "fractions", "decimal", "numbers", "itertools", "array"})
 
@@ -47,7 +49,7 @@ def preloaded_names() -> dict[str, Any]:
 
 
 def run_program(code: str, names: dict[str, Any]) -> None:
-    """A whole program, as `python solution.py` would run it; stdin and stdout are descriptors 0 and 1. Never returns."""
+    """A whole program, as `python solution.py` would run it, on descriptors 0 and 1. Never returns."""
     status = 1
     try:
         status = _run_main(code, names)
@@ -65,8 +67,9 @@ def run_program(code: str, names: dict[str, Any]) -> None:
 
 
 def _run_main(code: str, names: dict[str, Any]) -> int:
-    sys.stdin = sys.__stdin__ = open(0, encoding="utf-8", errors="surrogateescape", closefd=False)
-    sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8", errors="surrogateescape", closefd=False)
+    given, written = io.BufferedReader(io.FileIO(0, closefd=False)), io.BufferedWriter(io.FileIO(1, "w", closefd=False))
+    sys.stdin = sys.__stdin__ = io.TextIOWrapper(given, "utf-8", "surrogateescape")
+    sys.stdout = sys.__stdout__ = io.TextIOWrapper(written, "utf-8", "surrogateescape")
     main = _fresh_main(names)
     try:
         exec(compile(code, "solution.py", "exec"), main)

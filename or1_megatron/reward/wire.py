@@ -125,7 +125,7 @@ class _Decoder:
         ):
             return self._known[place]
         if node[0] == "object":
-            kind = self._classes[node[1]]
+            kind: Any = self._classes[node[1]]
             return kind.__new__(kind)
         return _SHELLS[node[0]]()
 
