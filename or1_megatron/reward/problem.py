@@ -102,8 +102,8 @@ def _read(row: Any) -> CodeTests | None:
         return CodeTests(assertions=(str(test),), entry_point=row["entry_point"], prelude=prelude)
     listed = row.get("test_list") or row.get("assert_case")
     if isinstance(listed, list):
-        prelude = str(row.get("test_setup_code") or "")
-        return CodeTests(assertions=tuple(map(str, listed)), prelude=prelude)
+        setup = [row["test_setup_code"]] if row.get("test_setup_code") and listed else []
+        return CodeTests(assertions=tuple(map(str, [*setup, *listed])))
     return None
 
 

@@ -55,7 +55,8 @@ class Sandbox:
     def __init__(self, memory_mb: int, bubblewrap: bool = False):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-I", "-c", _BOOT, _ROOT, str(theirs.fileno())]
+            # Isolated but for the environment, which is ours: -I would ignore its fixed hash seed.
+            command = [sys.executable, "-s", "-P", "-c", _BOOT, _ROOT, str(theirs.fileno())]
             self._process = subprocess.Popen(
                 (bubblewrap_prefix() if bubblewrap else []) + command,
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,

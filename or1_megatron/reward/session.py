@@ -84,7 +84,8 @@ def _run_main(code: str, names: dict[str, Any]) -> int:
 
 def _fresh_main(names: dict[str, Any]) -> dict[str, Any]:
     module = types.ModuleType("__main__")
-    vars(module).update(names)
+    # Known as builtins are, so that a name counts as the solution's only when the solution defines it.
+    vars(module)["__builtins__"] = {**vars(builtins), **names}
     sys.modules["__main__"] = module
     return vars(module)
 
@@ -191,18 +192,34 @@ class _Tested:
     def _answer(self, request: dict[str, Any], known: list[Any], classes: dict[str, type]) -> Any:
         operation, target = request["operation"], request["target"]
         if operation == "evaluate":
-            return eval(target, self._main)
-        if operation == "name":
-            return self._main[target] if target in self._main else getattr(builtins, target)
+            return eval(target, {**self._main, "__builtins__": {}})
+        if operation == "function":
+            return self._function(target)
+        if operation == "defined":
+            return [name for name in target if name in self._main]
         item = self._handles[target]
         if operation == "attribute":
             return getattr(item, request["name"])
+        if operation == "set_attribute":
+            return setattr(item, request["name"], self._decode(request["arguments"], known, classes))
         if operation == "items":
             return list(itertools.islice(item, MAX_ITEMS))
         if operation == "truth":
             return bool(item)
-        args, kwargs = wire.decode(request["arguments"], known, classes, lambda node: self._handles[node[1]])
+        args, kwargs = self._decode(request["arguments"], known, classes)
         return item(*args, **kwargs)
+
+    def _function(self, name: str) -> Any:
+        """Of that name, or the method of that name where there is a class Solution with one."""
+        solution = self._main.get("Solution")
+        if isinstance(solution, type) and hasattr(solution, name):
+            return getattr(solution(), name)
+        if name not in self._main:
+            raise NameError(f"name {name!r} is not defined")
+        return self._main[name]
+
+    def _decode(self, arguments: dict[str, Any], known: list[Any], classes: dict[str, type]) -> Any:
+        return wire.decode(arguments, known, classes, lambda node: self._handles[node[1]])
 
     def _keep(self, item: Any) -> list[Any]:
         self._handles.append(item)
@@ -225,9 +242,13 @@ class Session:
 
     def call(self, handle: int, args: tuple, kwargs: dict[str, Any]) -> Any:
         self.num_calls += 1
+        return self.pass_on("call", handle, [args, kwargs])
+
+    def pass_on(self, operation: str, handle: int, value: Any, **more: Any) -> Any:
+        """Asks with a value; what the solution changes inside it changes here too."""
         known: list[Any] = []
-        arguments = wire.encode([args, kwargs], known, self.classes, _handle_of)
-        return self._ask({"operation": "call", "target": handle, "arguments": arguments}, known)
+        arguments = wire.encode(value, known, self.classes, _handle_of)
+        return self._ask({"operation": operation, "target": handle, "arguments": arguments, **more}, known)
 
     def _ask(self, request: dict[str, Any], known: list[Any]) -> Any:
         self._channel.send(request)
@@ -262,7 +283,8 @@ class Remote:
     """Something that lives in the solution's process. Equal to nothing but itself."""
 
     def __init__(self, session: Session, handle: int):
-        self._session, self._handle = session, handle
+        object.__setattr__(self, "_session", session)
+        object.__setattr__(self, "_handle", handle)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._session.call(self._handle, args, kwargs)
@@ -271,6 +293,9 @@ class Remote:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._session.ask("attribute", self._handle, name=name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._session.pass_on("set_attribute", self._handle, value, name=name)
 
     def __iter__(self) -> Any:
         return iter(self._session.ask("items", self._handle))
@@ -288,16 +313,14 @@ class Remote:
 class Namespace(dict):
     """Globals of test code. A name that the tests do not define is the solution's, unless it is a known module."""
 
-    def __init__(self, session: Session):
-        super().__init__(__name__="tests", __builtins__=builtins)
-        self.session = session
+    def __init__(self, session: Session, overridden: frozenset[str]):
+        """overridden: names of builtins that are the solution's all the same."""
+        super().__init__()
+        self.session, self.overridden = session, overridden
 
     def __missing__(self, name: str) -> Any:
-        if hasattr(builtins, name):
-            raise KeyError(name)
+        if hasattr(builtins, name) and name not in self.overridden:
+            raise KeyError(name)  # and Python looks there
         if name in _TEST_MODULES:
             return importlib.import_module(name)
-        try:
-            return self.session.ask("name", name)
-        except AttributeError:
-            raise KeyError(name) from None
+        return self.session.ask("function", name)

@@ -23,6 +23,8 @@ _SEQUENCES: dict[type, str] = {
     list: "list", tuple: "tuple", set: "set", frozenset: "frozenset", deque: "deque",
 }  # fmt: skip
 _BUILD: dict[str, Callable[[Any], Any]] = {"tuple": tuple, "frozenset": frozenset}
+_TYPES = (int, float, str, bool, bytes, complex, list, tuple, set, frozenset, dict, type(None))
+_TYPES_BY_NAME = {item.__name__: item for item in _TYPES}
 _SHELLS: dict[str, Callable[[], Any]] = {
     "list": list, "set": set, "deque": deque, "dict": dict, "Counter": Counter, "OrderedDict": OrderedDict,
 }  # fmt: skip
@@ -63,6 +65,8 @@ def _node(value: Any, ref: Callable[[Any], Any], classes: dict[str, type], handl
         return [name, [[ref(key), ref(item)] for key, item in value.items()]]
     if classes.get(kind.__name__) is kind and hasattr(value, "__dict__"):
         return ["object", kind.__name__, [[name, ref(item)] for name, item in vars(value).items()]]
+    if isinstance(value, type) and value in _TYPES:
+        return ["type", value.__name__]
     if isinstance(value, int):
         return ["int", hex(int(value))]
     if isinstance(value, float):
@@ -151,6 +155,8 @@ class _Decoder:
             value = Decimal(content)
         elif kind == "range":
             value = range(*(int(item, 16) for item in content))
+        elif kind == "type":
+            value = _TYPES_BY_NAME[content]
         elif kind == "handle":
             value = self._open_handle(self._nodes[place])
         else:
