@@ -18,11 +18,11 @@ from pathlib import Path
 
 from harness import Benchmark, main
 
+from or1_megatron.config import RewardConfig
+from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
 
 NUM_WORKERS = 2
-TIMEOUT_S = 10.0
-MEMORY_MB = 4096
 GROUP_SIZE = 16
 NUM_BATCHES = 8  # one a round, the warm-up included
 
@@ -60,7 +60,7 @@ def check_directly(problem: Problem) -> float:
 
 
 def through_service(service: RewardService, left: Iterator[list[Problem]]) -> None:
-    futures = [service.submit(response, (truth,)) for response, truth in next(left)]
+    futures = [service.submit(Task(response, (truth,))) for response, truth in next(left)]
     assert sum(future.result().reward for future in futures) == len(futures) / 2
 
 
@@ -76,7 +76,7 @@ def by_equality(left: Iterator[list[Problem]]) -> None:
 
 def build(bench: Benchmark, quick: bool) -> None:
     logs = Path(bench.stack.enter_context(tempfile.TemporaryDirectory()))
-    service = bench.stack.enter_context(RewardService(NUM_WORKERS, TIMEOUT_S, MEMORY_MB, logs))
+    service = bench.stack.enter_context(RewardService(RewardConfig(num_workers=NUM_WORKERS), logs))
     pool = bench.stack.enter_context(multiprocessing.get_context("spawn").Pool(NUM_WORKERS))
     for name, size, count in (("short", 120, 800), ("15 KB", 15_000, 400)):
         amount = count // 5 if quick else count

@@ -11,10 +11,10 @@ from or1_megatron.cluster import Cluster
 from or1_megatron.config import Config
 from or1_megatron.data.prompts import PromptStream
 from or1_megatron.profiling.spans import Spans
-from or1_megatron.reward.service import RewardService, Verdict
+from or1_megatron.reward.service import RewardService, task_of
 from or1_megatron.rl.filter import is_informative, refill_size
 from or1_megatron.rollout.engine import SamplingSpec
-from or1_megatron.types import Group, Prompt, Sample
+from or1_megatron.types import Group, Prompt, Sample, Verdict
 
 
 @dataclass
@@ -63,19 +63,25 @@ def score_groups(
     sampling: SamplingSpec,
     spans: Spans,
 ) -> list[Group]:
-    """Groups with verdicts and rewards, in the order of `prompts`: results do not depend on who finished first."""
+    """Groups with verdicts and rewards, in the order of `prompts`: results do not depend on who finished first.
+
+    A group with a response that could not be checked is left out. Raises RunFailure when that is too often.
+    """
     scoring: list[tuple[Sample, Future[Verdict]]] = []
     groups: list[Group] = []
     with spans.span("rollout"):
         for group in cluster.generate(prompts, group_size, sampling):
             groups.append(group)
-            scoring += [(s, rewards.submit(s.text, s.prompt.ground_truth)) for s in group.samples]
+            scoring += [(sample, rewards.submit(task_of(sample))) for sample in group.samples]
     with spans.span("reward_wait"):
-        for sample, future in scoring:
-            verdict = future.result()
-            sample.verdict, sample.reward = verdict.name, verdict.reward
+        verdicts = [future.result() for _, future in scoring]
+    rewards.check_failure_rate(verdicts)
+    for (sample, _), verdict in zip(scoring, verdicts, strict=True):
+        sample.verdict = verdict.name
+        sample.reward = 0.0 if verdict.failed else verdict.reward
+    sound = [group for group in groups if all(sample.verdict != "infrastructure_error" for sample in group.samples)]
     place = {prompt.uid: i for i, prompt in enumerate(prompts)}
-    return sorted(groups, key=lambda group: place[group.prompt.uid])
+    return sorted(sound, key=lambda group: place[group.prompt.uid])
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, float]:

@@ -142,8 +142,25 @@ class OptimizerConfig:
 @dataclass
 class RewardConfig:
     num_workers: int = key(2, "verifier processes")
-    timeout_s: float = key(10.0, "deadline of one check, kept by the parent; the stuck worker is killed, seconds")
+    timeout_s: float = key(10.0, "deadline of a math check, kept by the parent; the stuck worker is killed, seconds")
     memory_mb: int = key(4096, "address space of one verifier process, MiB")
+    unclosed_reasoning: str = key(
+        "zero", "a response whose <think> never closes: zero (no answer, as when cut) or whole (all of it is read)",
+        ("zero", "whole"),
+    )  # fmt: skip
+    max_queued: int = key(8192, "responses that may wait for a verifier; more make the rollout wait")
+    recycle_tasks: int = key(10000, "a worker is replaced after so many checks")
+    recycle_mb: int = key(1024, "a worker is replaced when its resident memory is above this, MiB")
+    max_failure_rate: float = key(
+        0.02, "share of a step's checks that may fail for no fault of the response before the run is stopped"
+    )
+    code_timeout_s: float = key(6.0, "wall time of one test of a code answer, seconds")
+    code_total_s: float = key(60.0, "wall time of all tests of a code answer, seconds")
+    code_memory_mb: int = key(4096, "address space of tested code, MiB; the paper gives 50 GB")
+    require_isolation: str = key(
+        "full", "least isolation under which code answers are run; `namespaces` uses bubblewrap",
+        ("rlimits", "partial", "full", "namespaces"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -307,12 +324,15 @@ _POSITIVE = (
     "steps keep_checkpoints parallel.num_ranks parallel.tp parallel.pp parallel.cp parallel.cpu_threads_per_rank "
     "parallel.timeout_s rollout.rollout_batch_size rollout.context_length rollout.temperature rollout.num_engines "
     "rollout.kv_cache_gb rollout.bucket_mb loss.num_reuse reward.num_workers reward.timeout_s reward.memory_mb "
+    "reward.max_queued reward.recycle_tasks reward.recycle_mb reward.code_timeout_s reward.code_total_s "
+    "reward.code_memory_mb "
     "evaluation.num_samples "
 ).split()
 _NOT_NEGATIVE = (
     "save_interval parallel.token_budget rollout.max_response_length rollout.probe_interval "
     "rollout.probe_tolerance loss.mini_batch_size loss.clip_low loss.clip_high optimizer.lr "
-    "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad evaluation.interval evaluation.temperature "
+    "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad reward.max_failure_rate "
+    "evaluation.interval evaluation.temperature "
 ).split()
 
 

@@ -14,6 +14,7 @@ from or1_megatron.data.prompts import load_prompts, load_tokenizer
 from or1_megatron.display import Display
 from or1_megatron.errors import UserError
 from or1_megatron.profiling.spans import Spans
+from or1_megatron.reward.preflight import check_rewards
 from or1_megatron.reward.service import RewardService
 from or1_megatron.rollout.engine import SamplingSpec
 from or1_megatron.types import Group, Prompt
@@ -100,12 +101,14 @@ def evaluate(config: Config) -> int:
         context_length=config.rollout.context_length,
         instruction_suffix=config.data.instruction_suffix,
     )
-    reward = config.reward
+    isolation = check_rewards(config.reward, prompts)
     with (
         tempfile.TemporaryDirectory(prefix="or1-eval-") as scratch,
         Display(1, config.name) as display,
-        RewardService(reward.num_workers, reward.timeout_s, reward.memory_mb, Path(scratch)) as rewards,
+        RewardService(config.reward, Path(scratch)) as rewards,
     ):
+        if isolation:
+            display.message(isolation)
         display.phase("starting engines")
         with Cluster(config, Path(scratch), with_actor=False) as cluster:
             display.phase(f"evaluating {len(prompts)} problems x {config.evaluation.num_samples}")

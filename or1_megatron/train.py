@@ -22,6 +22,7 @@ from or1_megatron.evaluate import Evaluator, evaluation_line
 from or1_megatron.parallel.device import use_transformer_engine
 from or1_megatron.parallel.megatron_files import open_weights
 from or1_megatron.profiling.spans import Spans
+from or1_megatron.reward.preflight import check_rewards
 from or1_megatron.reward.service import RewardService
 from or1_megatron.rl.entropy import EntropyController
 from or1_megatron.runfolder import RunFolder
@@ -33,15 +34,18 @@ from or1_megatron.update import Updater
 def train(config: Config, resume: Path | None = None) -> int:
     """Runs `config` to its last step, from scratch or from a run folder; returns the exit code."""
     architecture, prompts, held_out = check_inputs(config)
+    isolation = check_rewards(config.reward, prompts + held_out)
     folder = RunFolder.open(resume) if resume else RunFolder.create(config)
-    stop, reward = _Stop(), config.reward
+    stop = _Stop()
     with (
         stop.installed(),
         Display(config.steps, config.name) as display,
-        RewardService(reward.num_workers, reward.timeout_s, reward.memory_mb, folder.logs) as rewards,
+        RewardService(config.reward, folder.logs) as rewards,
         _starting(display, config, folder) as cluster,
     ):
         cluster.stop_requested = lambda: stop.requested
+        if isolation:
+            display.message(isolation)
         run = Run(config, architecture, folder, cluster, rewards, display, stop, prompts, held_out)
         if resume:
             run.restore()
@@ -157,6 +161,7 @@ class Run:
 
     def record(self, step: int, metrics: dict[str, float], rollout: Rollout) -> None:
         seconds = self.spans.take()
+        metrics |= self.rewards.take_metrics()
         metrics |= seconds | {"tokens_per_second": metrics.get("tokens", 0) / seconds["seconds/step"]}
         if "flops" in metrics:
             peak = self._peak_flops * self.config.parallel.num_ranks

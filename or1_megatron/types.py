@@ -10,6 +10,30 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+VERDICTS = (
+    "correct", "wrong", "unparsable", "truncated", "timeout", "memory", "sandbox_violation", "infrastructure_error",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the verifiers say about one response."""
+
+    name: str  # one of VERDICTS
+    seconds: float  # from the worker's start on it to its answer
+    detail: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """The check could not be made, for no fault of the response."""
+        return self.name == "infrastructure_error"
+
+    @property
+    def reward(self) -> float:
+        """1 or 0. An infrastructure error has none: it says nothing about the response."""
+        assert not self.failed, self.detail
+        return 1.0 if self.name == "correct" else 0.0
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -33,7 +57,7 @@ class Sample:
     text: str
     finish_reason: str  # "stop" or "length"
     weight_version: int  # the push the engine was running on when it was sampled
-    verdict: str = ""  # see reward/service.py
+    verdict: str = ""  # one of VERDICTS
     reward: float = 0.0
 
     @property

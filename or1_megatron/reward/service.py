@@ -1,62 +1,90 @@
-"""Verifier processes that cannot hang the run.
+"""One service per run: scores responses in processes that it can lose without losing anything else.
 
-The parent keeps the deadline of every check: a worker beyond it is killed and replaced, alone, and the verdict is
-`timeout`. A worker that dies by itself is replaced and the check repeated once; if the second worker dies too, the
-run ends: an infrastructure error is never a reward of 0.
+A thread of the parent hands tasks to workers over sockets and keeps their deadlines. Invariants:
+  - every submitted task gets exactly one verdict, whatever dies; verdicts do not depend on the order of tasks;
+  - a check that is stuck costs its own process only: once it has run for _PATIENCE_S while others wait, it is paused
+    and a fresh worker takes its place; paused checks go on together when nothing waits; at the deadline: `timeout`;
+  - a check that was paused is called `timeout` only after _FAIR_CPU_S of CPU time, because it then has company;
+  - a worker that dies is replaced and its task tried again; after _ATTEMPTS the verdict is `infrastructure_error`,
+    which has no reward. A task that crashes its worker twice by itself (a stack overflow in C) gets `memory`;
+  - submit() waits while max_queued tasks wait.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import queue
-import select
-import subprocess
-import sys
+import selectors
+import signal
 import tempfile
 import threading
 import time
+from collections import Counter, deque
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from or1_megatron.config import RewardConfig
 from or1_megatron.errors import RunFailure
+from or1_megatron.reward.problem import Task, code_tests
+from or1_megatron.reward.processes import Lost, Template, WorkerProcess
+from or1_megatron.reward.session import EXIT_MEMORY
+from or1_megatron.types import Sample, Verdict
 
-_START_TIMEOUT_S = 120.0
+_PATIENCE_S = 0.05
+_FAIR_CPU_S = 0.5
+_MAX_BACKGROUND = 32  # per worker: forks of one template, a few MB each unless the check itself grows
+_ATTEMPTS = 5
+_FAILED_STARTS = 30  # in a row; a template counts for ten workers
+_CODE_SLACK_S = 30.0  # code keeps its own time; the parent's deadline is for a worker that fails to
+_TICK_S = 0.02
+_CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
+_BUCKETS_MS = (1, 10, 100, 1000, 10_000)
 
 
-@dataclass(frozen=True)
-class Verdict:
-    name: str  # correct, wrong, unparsable or timeout
-    seconds: float
+@dataclass
+class _Job:
+    task: Task
+    future: Future[Verdict]
+    limit_s: float
+    is_code: bool
+    attempts: int = 0
+    crashes: int = 0
 
-    @property
-    def reward(self) -> float:
-        return 1.0 if self.name == "correct" else 0.0
 
-
-class _Died(Exception):
-    """The worker process is gone."""
+def task_of(sample: Sample) -> Task:
+    """What there is to check about a sample."""
+    prompt = sample.prompt
+    reasoning_open = prompt.text.rfind("<think>") > prompt.text.rfind("</think>")
+    return Task(sample.text, prompt.ground_truth, prompt.data_source, sample.truncated, reasoning_open)
 
 
 class RewardService:
-    """Context manager. One parent thread per worker; results come as futures, in any order."""
+    """Context manager. Verdicts come as futures, in any order; plain processes and one thread, with Ray or without."""
 
-    def __init__(self, num_workers: int, timeout_s: float, memory_mb: int, log_dir: Path | None = None):
-        self._timeout_s, self._memory_mb = timeout_s, memory_mb
+    def __init__(self, config: RewardConfig, log_dir: Path | None = None):
+        self._config = config
         self._scratch = tempfile.TemporaryDirectory(prefix="or1-reward-") if log_dir is None else None
         logs = Path(self._scratch.name) if self._scratch else Path(str(log_dir))
         logs.mkdir(parents=True, exist_ok=True)
-        self._tasks: queue.Queue[tuple[Future[Verdict], str, tuple[str, ...]] | None] = queue.Queue()
+        self.log = logs / "reward.log"
+        self._waiting: deque[_Job] = deque()
+        self._room = threading.Condition()
+        self._selector = selectors.DefaultSelector()
+        self._wake_from, self._wake_to = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._selector.register(self._wake_from, selectors.EVENT_READ)
+        self._template: Template | None = None
+        self._workers: list[WorkerProcess] = []
+        self._failed_starts = 0
+        self._failure: RunFailure | None = None
         self._closing = False
-        self._workers = [_Worker(logs / f"reward{i}.log", memory_mb) for i in range(num_workers)]
-        self._threads = [threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in self._workers]
+        self._counts: Counter[str] = Counter()
+        self._seconds: list[float] = []
+        self._thread = threading.Thread(target=self._run, name="reward-service", daemon=True)
 
     def __enter__(self) -> RewardService:
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -64,114 +92,257 @@ class RewardService:
 
     @property
     def pids(self) -> list[int]:
-        return [worker.pid for worker in self._workers if worker.pid]
+        """Of the workers, and last of the template."""
+        template = self._template
+        return [worker.pid for worker in self._workers] + ([template.pid] if template else [])
 
-    def submit(self, response: str, ground_truth: tuple[str, ...]) -> Future[Verdict]:
-        """The verdict on a response, later. The future raises RunFailure when workers keep dying on it."""
+    def submit(self, task: Task) -> Future[Verdict]:
+        """The verdict on a response, later; waits while max_queued others wait.
+
+        The future raises RunFailure when the service cannot work at all, or is closed.
+        """
         future: Future[Verdict] = Future()
-        self._tasks.put((future, response, ground_truth))
+        is_code = code_tests(task.ground_truth, task.data_source) is not None
+        limit = self._config.code_total_s + _CODE_SLACK_S if is_code else self._config.timeout_s
+        job = _Job(task, future, limit, is_code)
+        with self._room:
+            self._room.wait_for(lambda: self._failure or self._closing or len(self._waiting) < self._config.max_queued)
+            if self._failure or self._closing:
+                future.set_exception(self._failure or RunFailure("the reward service was closed"))
+                return future
+            self._waiting.append(job)
+        self._wake()
         return future
 
+    def check_failure_rate(self, verdicts: list[Verdict]) -> None:
+        """Raises RunFailure when more of them than max_failure_rate are infrastructure errors."""
+        failed = [verdict for verdict in verdicts if verdict.failed]
+        most = self._config.max_failure_rate
+        if failed and len(failed) > most * len(verdicts):
+            raise RunFailure(
+                f"{len(failed)} of {len(verdicts)} responses could not be checked, more than reward.max_failure_rate="
+                f"{most}; the last one: {failed[-1].detail}",
+                self._log_tail(),
+            )
+
+    def take_metrics(self) -> dict[str, float]:
+        """Since the last call: checks per verdict, retries, workers replaced; check time in ms, as a histogram too."""
+        with self._room:
+            counts, seconds = self._counts, sorted(self._seconds)
+            self._counts, self._seconds = Counter(), []
+        metrics: dict[str, float] = {f"verifier/{name}": number for name, number in sorted(counts.items())}
+        if seconds:
+            metrics["verifier/latency_p50_ms"] = 1e3 * seconds[len(seconds) // 2]
+            metrics["verifier/latency_p99_ms"] = 1e3 * seconds[min(len(seconds) - 1, len(seconds) * 99 // 100)]
+            edges = (0.0, *(bucket / 1e3 for bucket in _BUCKETS_MS), float("inf"))
+            for low, high, name in zip(edges, edges[1:], (*(f"to_{b}" for b in _BUCKETS_MS), "above"), strict=False):
+                metrics[f"verifier/latency_{name}_ms"] = sum(low <= value < high for value in seconds)
+        return metrics
+
     def close(self) -> None:
-        """Ends every worker; unfinished checks fail."""
-        self._closing = True
-        for _ in self._threads:
-            self._tasks.put(None)
-        for worker in self._workers:
-            worker.kill()
-        for thread in self._threads:
-            if thread.is_alive():
-                thread.join(timeout=2.0)
+        """Ends every process; unfinished checks fail."""
+        with self._room:
+            self._closing = True
+            self._room.notify_all()
+        self._wake()
+        if self._thread.is_alive():
+            self._thread.join()
+        for handle in (self._wake_from, self._wake_to):
+            os.close(handle)
+        self._selector.close()
         if self._scratch:
             self._scratch.cleanup()
 
-    def _serve(self, worker: _Worker) -> None:
-        while (task := self._tasks.get()) is not None:
-            future, response, ground_truth = task
-            try:
-                future.set_result(self._check(worker, response, ground_truth))
-            except Exception as error:  # handed to whoever waits for the verdict
-                future.set_exception(error)
+    # ---- the service's own thread
 
-    def _check(self, worker: _Worker, response: str, ground_truth: tuple[str, ...]) -> Verdict:
-        started = time.monotonic()
-        for _ in range(2):
-            if self._closing:
-                raise RunFailure("the reward service was closed")
-            try:
-                worker.ensure_started()
-                name = worker.ask({"response": response, "ground_truth": ground_truth}, self._timeout_s)
-                return Verdict(name, time.monotonic() - started)
-            except TimeoutError:
-                worker.kill()
-                return Verdict("timeout", time.monotonic() - started)
-            except _Died:
-                worker.kill()
-        raise RunFailure(f"a reward worker died twice on the same response; its log is {worker.log}", worker.tail())
+    def _wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):  # it is awake enough
+            os.write(self._wake_to, b".")
 
-
-class _Worker:
-    """One child process and its pipes; started when first needed, and again after its death."""
-
-    def __init__(self, log: Path, memory_mb: int):
-        self.log, self._memory_mb = log, memory_mb
-        self._process: subprocess.Popen[bytes] | None = None
-        self._received = b""
-
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
-
-    def ensure_started(self) -> None:
-        """Raises _Died when the process ends before it is ready."""
-        if self._process is not None:
-            return
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "or1_megatron.reward.worker", str(self._memory_mb)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                start_new_session=True,
-                env=environment,
-            )
-        self._received = b""
-        if not self._read(time.monotonic() + _START_TIMEOUT_S).get("ready"):
-            raise _Died
-
-    def ask(self, task: dict[str, Any], timeout_s: float) -> str:
-        """Raises TimeoutError at the deadline and _Died when the process ends."""
-        assert self._process is not None and self._process.stdin is not None
+    def _run(self) -> None:
         try:
-            self._process.stdin.write(json.dumps(task).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise _Died from None
-        return self._read(time.monotonic() + timeout_s)["verdict"]
+            self._loop()
+        except BaseException as error:  # a fault of ours must not leave the run waiting for ever
+            self._failure = RunFailure(f"the reward service failed: {type(error).__name__}: {error}", self._log_tail())
+            if not isinstance(error, RunFailure):
+                raise
+            self._failure = error
+        finally:
+            self._end()
 
-    def _read(self, deadline: float) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
-        pipe = self._process.stdout.fileno()
-        while b"\n" not in self._received:
-            if not select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))[0]:
-                raise TimeoutError
-            chunk = os.read(pipe, 65536)
-            if not chunk:
-                raise _Died
-            self._received += chunk
-        line, self._received = self._received.split(b"\n", 1)
-        return json.loads(line)
+    def _loop(self) -> None:
+        while not self._closing:
+            self._fill()
+            busy = any(worker.job for worker in self._workers)
+            for key, events in self._selector.select(_TICK_S if busy else None):
+                if key.data is None:
+                    os.read(self._wake_from, 65536)
+                else:
+                    self._serve(key.data, events)
+            self._keep_deadlines()
 
-    def kill(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):
-                        pipe.close()
+    def _fill(self) -> None:
+        """Gives waiting tasks to idle workers, and starts the workers that are missing."""
+        front = [worker for worker in self._workers if not worker.in_background]
+        idle = [worker for worker in front if worker.ready and worker.job is None]
+        while self._waiting and idle:
+            with self._room:
+                job = self._waiting.popleft()
+                self._room.notify()
+            worker = idle.pop()
+            worker.begin(job, job.task.as_dict())
+            self._watch(worker)
+        for _ in range(self._config.num_workers - len(front)):
+            self._start_worker()
 
-    def tail(self, lines: int = 20) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+    def _start_worker(self) -> None:
+        try:
+            if self._template is None:
+                self._template = Template(self._settings(), self.log)
+            worker = self._template.fork()
+        except Lost:
+            self._lose_template()
+            self._count_failed_starts(10)
+            return
+        self._workers.append(worker)
+        self._selector.register(worker.channel, selectors.EVENT_READ, worker)
+
+    def _settings(self) -> dict[str, Any]:
+        return asdict(self._config)
+
+    def _lose_template(self) -> None:
+        """Its workers die with it, and each is then found dead and its task given to another."""
+        if self._template is not None:
+            self._template.close()
+            self._template = None
+
+    def _count_failed_starts(self, number: int) -> None:
+        self._failed_starts += number
+        if self._failed_starts >= _FAILED_STARTS:
+            raise RunFailure(f"no reward worker starts; see {self.log}", self._log_tail())
+
+    def _watch(self, worker: WorkerProcess) -> None:
+        events = selectors.EVENT_READ | (selectors.EVENT_WRITE if worker.wants_to_write else 0)
+        if self._selector.get_key(worker.channel).events != events:
+            self._selector.modify(worker.channel, events, worker)
+
+    def _serve(self, worker: WorkerProcess, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            worker.flush()
+            self._watch(worker)
+        if events & selectors.EVENT_READ:
+            try:
+                while (message := worker.read()) is not None:
+                    self._answered(worker, message)
+                    if worker not in self._workers:
+                        return
+                    if worker.job is None:
+                        return
+            except Lost:
+                self._died(worker)
+
+    def _answered(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
+        if "ready" in message:
+            worker.ready, self._failed_starts = True, 0
+            return
+        job, worker.job = worker.job, None
+        worker.num_done += 1
+        if "error" in message:
+            self._retry(job, message["error"])
+        else:
+            self._finish(job, message["verdict"], time.monotonic() - worker.started, message["detail"])
+        outgrown = message.get("rss_mb", 0) > self._config.recycle_mb
+        if worker.in_background or outgrown or worker.num_done >= self._config.recycle_tasks:
+            self._counts["workers_recycled"] += not worker.in_background
+            self._remove(worker)
+
+    def _died(self, worker: WorkerProcess) -> None:
+        job, worker.job = worker.job, None
+        status = self._remove(worker)
+        if not worker.ready:
+            self._count_failed_starts(1)
+        if job is None:
+            return
+        self._counts["workers_died"] += 1
+        killed_by = os.WTERMSIG(status) if status is not None and os.WIFSIGNALED(status) else 0
+        if status is not None and os.WIFEXITED(status) and os.WEXITSTATUS(status) == EXIT_MEMORY:
+            spent = time.monotonic() - worker.started
+            self._finish(job, "memory", spent, f"more than {self._config.memory_mb} MiB")
+            return
+        if killed_by in _CRASHES:
+            job.crashes += 1
+            if job.crashes == 2:
+                self._finish(job, "memory", time.monotonic() - worker.started, f"crashed twice, signal {killed_by}")
+                return
+        self._retry(job, f"its worker died ({f'signal {killed_by}' if killed_by else f'status {status}'})")
+
+    def _retry(self, job: _Job, reason: str) -> None:
+        job.attempts += 1
+        if job.attempts >= _ATTEMPTS:
+            self._finish(job, "infrastructure_error", 0.0, reason)
+            return
+        self._counts["retries"] += 1
+        self._waiting.appendleft(job)
+
+    def _finish(self, job: _Job, name: str, seconds: float, detail: str) -> None:
+        with self._room:
+            self._counts[name] += 1
+            self._seconds.append(seconds)
+        job.future.set_result(Verdict(name, seconds, detail))
+
+    def _keep_deadlines(self) -> None:
+        now = time.monotonic()
+        most = _MAX_BACKGROUND * self._config.num_workers
+        in_background = sum(worker.in_background for worker in self._workers)
+        for worker in [worker for worker in self._workers if worker.job is not None]:
+            spent, job = now - worker.started, worker.job
+            if worker.paused:
+                if not self._waiting or spent >= job.limit_s:
+                    worker.resume()
+            elif spent >= job.limit_s and (not worker.in_background or worker.cpu_since_resume() >= _FAIR_CPU_S):
+                worker.kill()
+                worker.job = None
+                self._remove(worker)
+                self._finish(job, "timeout", spent, f"after {spent:.1f} s")
+            elif (
+                self._waiting
+                and spent >= _PATIENCE_S
+                and in_background < most
+                and not (worker.in_background or job.is_code)
+            ):
+                worker.pause()
+                in_background += 1
+
+    def _remove(self, worker: WorkerProcess) -> int | None:
+        """Ends a worker; its wait status, None when its template is gone."""
+        worker.kill()
+        self._workers.remove(worker)
+        self._selector.unregister(worker.channel)
+        worker.close()
+        if self._template is None or worker.template is not self._template:
+            return None  # it died with its template
+        try:
+            return self._template.reap(worker.pid)
+        except Lost:
+            self._lose_template()
+            return None
+
+    def _end(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+        if self._template is not None:
+            self._template.close()
+        failure = self._failure or RunFailure("the reward service was closed")
+        with self._room:
+            jobs = [*self._waiting, *(worker.job for worker in self._workers if worker.job)]
+            self._waiting.clear()
+            self._closing = True
+            self._room.notify_all()
+        for worker in self._workers:
+            worker.close()
+        self._workers.clear()
+        for job in jobs:
+            job.future.set_exception(failure)
+
+    def _log_tail(self, lines: int = 20) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else ""

@@ -26,10 +26,6 @@ VERDICTS = [
     ("\\boxed{\\sqrt{\\frac{4}{9}}}", "\\frac{2}{3}", "correct"),
     ("\\boxed{1} and then \\boxed{2}", "2", "correct"),
     ("\\boxed{1} and then \\boxed{2}", "1", "wrong"),
-    ("<think>\\boxed{9}</think> so \\boxed{8}", "9", "wrong"),
-    ("<think>it is 8</think> so \\boxed{9}", "9", "correct"),
-    ("<think>surely \\boxed{9}", "9", "unparsable"),
-    ("</think>\\boxed{9}", "9", "correct"),
     ("\\boxed{50\\%}", "50", "correct"),
 ]
 

@@ -1,0 +1,32 @@
+"""What can be refused about the rewards before a run starts."""
+
+from __future__ import annotations
+
+from or1_megatron.config import RewardConfig
+from or1_megatron.errors import UserError
+from or1_megatron.reward import isolation
+from or1_megatron.reward.problem import code_tests
+from or1_megatron.reward.sandbox import Sandbox
+from or1_megatron.types import Prompt
+
+
+def check_rewards(config: RewardConfig, prompts: list[Prompt]) -> str:
+    """A line on the isolation of code answers; empty when no prompt wants code.
+
+    Raises UserError: tests of a problem that cannot be used, or a machine that isolates less than it must.
+    """
+    num_code = 0
+    for prompt in prompts:
+        try:
+            num_code += code_tests(prompt.ground_truth, prompt.data_source) is not None
+        except UserError as error:
+            raise UserError(f"problem {prompt.uid}: {error}") from None
+    return f"{num_code} code problems; {reached_isolation(config)}" if num_code else ""
+
+
+def reached_isolation(config: RewardConfig) -> str:
+    """Starts a sandbox once to see. Raises UserError below reward.require_isolation."""
+    sandbox = Sandbox(config.code_memory_mb, bubblewrap=config.require_isolation == "namespaces")
+    sandbox.close()
+    isolation.require(sandbox.level, config.require_isolation, sandbox.description)
+    return f"isolation of tested code: {sandbox.level} ({sandbox.description})"

@@ -1,0 +1,177 @@
+"""The parent's handles on the verifier processes of worker.py: the template that forks workers, and one worker."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_START_TIMEOUT_S = 120.0
+_END_TIMEOUT_S = 2.0
+_CLOCK_TICK = os.sysconf("SC_CLK_TCK")
+
+
+class Lost(Exception):
+    """The process is gone, or does not answer where it must."""
+
+
+class Template:
+    """The process that has everything imported. Must be started by a thread that outlives it: it dies with that."""
+
+    def __init__(self, settings: dict[str, Any], log: Path):
+        """Returns when it is ready. Raises Lost."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
+        with theirs, log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "or1_megatron.reward.worker", str(theirs.fileno()), json.dumps(settings)],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=environment,
+            )
+        self._control = ours
+        ours.settimeout(_START_TIMEOUT_S)
+        try:
+            self._receive()
+        except Lost:
+            self.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def fork(self) -> WorkerProcess:
+        """A worker that gets ready by itself. Raises Lost."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(self._control, [b'{"fork": true}'], [theirs.fileno()])
+            except OSError:
+                raise Lost("the template is gone") from None
+        try:
+            return WorkerProcess(self._receive()["pid"], ours, self)
+        except (Lost, ProcessLookupError):
+            ours.close()
+            raise Lost("the template is gone") from None
+
+    def reap(self, pid: int) -> int:
+        """The wait status of a worker that has ended. Raises Lost."""
+        try:
+            self._control.send(json.dumps({"reap": pid}).encode())
+        except OSError:
+            raise Lost("the template is gone") from None
+        return self._receive()["status"]
+
+    def close(self) -> None:
+        """Ends it with all that came from it."""
+        self._control.close()
+        try:
+            self._process.wait(_END_TIMEOUT_S)  # it kills its workers and waits for them: no zombies for init
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            data = self._control.recv(4096)
+        except OSError:
+            data = b""
+        if not data:
+            raise Lost("the template is gone")
+        return json.loads(data)
+
+
+class WorkerProcess:
+    """One worker: its socket, never blocking, and the job it is on."""
+
+    def __init__(self, pid: int, channel: socket.socket, template: Template):
+        self.pid, self.channel, self.template = pid, channel, template
+        self._handle = os.pidfd_open(pid)  # the template reaps only when told: the pid is still this process
+        channel.setblocking(False)
+        self._unsent = memoryview(b"")
+        self._received = bytearray()
+        self.ready = False
+        self.in_background = self.paused = False
+        self.num_done = 0
+        self.job: Any = None
+        self.started = time.monotonic()
+        self._cpu_at_start = 0.0
+
+    def begin(self, job: Any, message: dict[str, Any]) -> None:
+        self.job, self.started = job, time.monotonic()
+        data = json.dumps(message).encode()
+        self._unsent = memoryview(struct.pack("<I", len(data)) + data)
+        self.flush()
+
+    @property
+    def wants_to_write(self) -> bool:
+        return bool(self._unsent)
+
+    def flush(self) -> None:
+        """Writes what the socket takes; a dead reader is found when reading."""
+        with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
+            while self._unsent:
+                self._unsent = self._unsent[self.channel.send(self._unsent) :]
+
+    def read(self) -> dict[str, Any] | None:
+        """The next whole message, None while there is none. Raises Lost at the end of the stream."""
+        with contextlib.suppress(BlockingIOError):
+            try:
+                data = self.channel.recv(65536)
+            except ConnectionResetError:
+                data = b""
+            if not data:
+                raise Lost("the worker is gone")
+            self._received += data
+        if len(self._received) < 4:
+            return None
+        end = 4 + struct.unpack_from("<I", self._received)[0]
+        if len(self._received) < end:
+            return None
+        message = json.loads(bytes(self._received[4:end]))
+        del self._received[:end]
+        return message
+
+    def pause(self) -> None:
+        """Stops it until resume(); its job is then in the background for good."""
+        self.in_background = self.paused = True
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Time spent counts from here."""
+        self.paused, self.started, self._cpu_at_start = False, time.monotonic(), self._cpu()
+        self._signal(signal.SIGCONT)
+
+    def cpu_since_resume(self) -> float:
+        """Seconds; 0 while it was never paused."""
+        return self._cpu() - self._cpu_at_start
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._handle, number)
+
+    def kill(self) -> None:
+        self._signal(signal.SIGKILL)
+
+    def close(self) -> None:
+        self.channel.close()
+        os.close(self._handle)
+
+    def _cpu(self) -> float:
+        try:
+            fields = Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].split()
+        except (FileNotFoundError, ProcessLookupError):
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / _CLOCK_TICK

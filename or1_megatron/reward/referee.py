@@ -1,0 +1,168 @@
+"""The process that holds the tests of a problem and asks the solution's process, which does not. Also sandboxed: tests
+come out of data sets. Its verdict is one JSON line on a descriptor that only it has.
+
+    {"kind": "assert", "prelude", "entry_point", "tests": [code, ...]}      HumanEval, MBPP, LeetCode
+    {"kind": "call", "function", "calls": [[args, expected], ...], "checker"}   APPS, TACO, LiveCodeBench
+    {"kind": "check", "checker", "input", "output", "expected"}                one run of a stdin program
+
+A checker is a program that defines check(input, output, expected) -> bool, for problems with several valid outputs;
+for calls `input` is the list of arguments. It passes only by returning True itself.
+"""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import json
+import os
+from typing import Any
+
+from or1_megatron.reward.session import Channel, Deadline, Ended, Namespace, Remote, Session
+
+TOLERANCE = 1e-6
+
+
+def run_referee(payload: dict[str, Any], inbox: int, outbox: int, verdict_to: int) -> None:
+    """Never returns."""
+    session = Session(Channel(inbox, outbox), payload["timeout_s"])
+    try:
+        judge = {"assert": _assertions, "call": _calls, "check": _check}[payload["kind"]]
+        verdict, detail = judge(payload, session)
+    except Deadline:
+        verdict, detail = "timeout", f"call {session.num_calls} took longer than {payload['timeout_s']} s"
+    except Ended:
+        verdict, detail = "ended", f"the solution's process ended during call {session.num_calls}"
+    except BrokenTests as error:
+        verdict, detail = "broken_tests", str(error)
+    except BaseException as error:  # AssertionError, whatever the solution raised, a malformed answer
+        verdict, detail = "wrong", f"{type(error).__name__}: {str(error)[:300]}"
+    os.write(verdict_to, json.dumps([verdict, detail]).encode())
+    os._exit(0)
+
+
+class BrokenTests(Exception):
+    """The problem is at fault: tests that do not compile or never call the solution."""
+
+
+def _assertions(payload: dict[str, Any], session: Session) -> tuple[str, str]:
+    try:
+        prelude = {"__name__": "tests", "__builtins__": builtins}
+        exec(compile(payload["prelude"], "prelude.py", "exec"), prelude)
+        programs = [compile(test, "tests.py", "exec") for test in payload["tests"]]
+        overridden = _overridden("\n".join(payload["tests"]))
+    except (SyntaxError, ValueError) as error:
+        raise BrokenTests(f"{type(error).__name__}: {error}") from None
+    if overridden:
+        overridden = session.ask("defined", sorted(overridden))
+        if not overridden:
+            return "wrong", "nothing that the tests call is defined"
+    namespace = Namespace(session, frozenset(overridden))
+    namespace.update(prelude)
+    session.classes = {name: item for name, item in prelude.items() if isinstance(item, type)}
+    # Functions of the prelude run here; the entry point runs over there, whatever its stub in the prelude says.
+    entry_point = payload["entry_point"]
+    candidate = None
+    if entry_point:
+        root = entry_point.partition("(")[0].partition(".")[0]
+        namespace.pop(root, None)
+        candidate = session.ask("evaluate", entry_point)
+        if not isinstance(candidate, Remote):
+            return "wrong", f"{entry_point} is not a function"
+        if root == entry_point:
+            namespace[root] = candidate
+    for number, program in enumerate(programs):
+        try:
+            exec(program, namespace)
+        except AssertionError as error:
+            return "wrong", f"test {number}: AssertionError {str(error)[:200]}"
+    # Looked up as a plain key: `check` must be the tests' own, never a name that the solution happens to define.
+    if entry_point and dict.__contains__(namespace, "check"):
+        dict.__getitem__(namespace, "check")(candidate)
+    if not session.num_calls:
+        raise BrokenTests("they never call the solution")
+    return "correct", ""
+
+
+def _overridden(tests: str) -> frozenset[str]:
+    """The builtins that tests call when they call nothing else: one of them must be the function under test."""
+    calls = [node.func for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Call)]
+    names = {call.id if isinstance(call, ast.Name) else "." for call in calls}
+    return frozenset(names) if all(hasattr(builtins, name) for name in names) else frozenset()
+
+
+def _calls(payload: dict[str, Any], session: Session) -> tuple[str, str]:
+    function, checker = payload["function"], _checker(payload.get("checker"))
+    for number, (arguments, expected) in enumerate(payload["calls"]):
+        target = session.ask("function", function)
+        if not isinstance(target, Remote):
+            return "wrong", f"{function} is not a function"
+        result = _plain(target(*_integer_keys(arguments)))
+        if checker:
+            right = checker(arguments, result, expected) is True
+        else:
+            right = same(result, expected) or (
+                isinstance(expected, list) and len(expected) == 1 and same(result, expected[0])
+            )
+        if not right:
+            return "wrong", f"call {number}: got {str(result)[:100]}, expected {str(expected)[:100]}"
+    return "correct", ""
+
+
+def _check(payload: dict[str, Any], session: Session) -> tuple[str, str]:
+    checker = _checker(payload["checker"])
+    assert checker is not None
+    right = checker(payload["input"], payload["output"], payload["expected"]) is True
+    return ("correct", "") if right else ("wrong", "refused by the checker")
+
+
+def _checker(source: str | None) -> Any:
+    if not source:
+        return None
+    namespace: dict[str, Any] = {"__name__": "checker"}
+    try:
+        exec(compile(source, "checker.py", "exec"), namespace)
+        return namespace["check"]
+    except Exception as error:
+        raise BrokenTests(f"the checker fails: {type(error).__name__}: {error}") from None
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON would carry it: tuples are lists, keys are text; what JSON cannot carry stays itself."""
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return value
+
+
+def _integer_keys(value: Any) -> Any:
+    """Arguments as the problem meant them: a JSON object whose keys are all numbers has integer keys (APPS)."""
+    if isinstance(value, list):
+        return [_integer_keys(item) for item in value]
+    if isinstance(value, dict):
+        numeric = all(key.lstrip("-").isdigit() for key in value)
+        return {int(key) if numeric else key: _integer_keys(item) for key, item in value.items()}
+    return value
+
+
+def same(result: Any, expected: Any) -> bool:
+    """Equal values of equal type; a float may differ by TOLERANCE, relative or absolute."""
+    if isinstance(expected, bool) or isinstance(result, bool):
+        return result is expected or (isinstance(result, int) and isinstance(expected, int) and result == expected)
+    if isinstance(expected, float) or isinstance(result, float):
+        if not isinstance(result, int | float) or not isinstance(expected, int | float):
+            return False
+        return result == expected or abs(result - expected) <= TOLERANCE * max(1.0, abs(expected))
+    if isinstance(expected, list):
+        return (
+            isinstance(result, list)
+            and len(result) == len(expected)
+            and all(same(a, b) for a, b in zip(result, expected, strict=True))
+        )
+    if isinstance(expected, dict):
+        return (
+            isinstance(result, dict)
+            and result.keys() == expected.keys()
+            and all(same(result[key], expected[key]) for key in expected)
+        )
+    return type(result) is type(expected) and result == expected
