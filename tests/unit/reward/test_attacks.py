@@ -21,7 +21,9 @@ from or1_megatron.reward.service import RewardService
 from or1_megatron.types import Verdict
 from tests.unit.reward.attack_programs import EXHAUST, FORGE, HARM, HARMLESS, LEAVING, TESTS
 
-CONFIG = RewardConfig(num_workers=2, code_timeout_s=0.6, code_total_s=0.9, code_memory_mb=512)
+# What does harm does it at once, and must not pass for slow on a busy machine; what exhausts takes all it is given.
+LONG = RewardConfig(num_workers=2, code_timeout_s=10, code_total_s=15, code_memory_mb=512)
+SHORT = RewardConfig(num_workers=2, code_timeout_s=0.6, code_total_s=0.9, code_memory_mb=512)
 OUTPUT_TESTS = json.dumps({"inputs": [""], "outputs": ["breached"]})
 CALL_TESTS = json.dumps({"test_list": TESTS.splitlines()})
 CONTAINED = {"wrong", "unparsable", "timeout", "memory", "sandbox_violation"}
@@ -29,12 +31,12 @@ TRACES = [Path("/tmp/or1-attack"), Path("/dev/shm/or1-attack")]
 NAIVE = "code, tests = {!r}, {!r}\nnames = {{}}\nexec(code, names)\nexec(tests, names)"
 
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardService]:
+@pytest.fixture(scope="module", params=[LONG])
+def service(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RewardService]:
     """Whatever it leaves behind would become a child of this process."""
     adopt_orphans()
     before = set(psutil.Process().children(recursive=True))
-    with RewardService(CONFIG, tmp_path_factory.mktemp("logs")) as service:
+    with RewardService(request.param, tmp_path_factory.mktemp("logs")) as service:
         assert solve(service, "print('breached')", OUTPUT_TESTS).name == "correct", "the attacks could not be told"
         assert solve(service, SOLVED, CALL_TESTS).name == "correct"
         yield service
@@ -114,6 +116,7 @@ def test_no_harm(service: RewardService, places: dict[str, str], kind: str, name
     assert verdict.name in CONTAINED - {"unparsable", "timeout"}, verdict
 
 
+@pytest.mark.parametrize("service", [SHORT], indirect=True)
 @pytest.mark.parametrize("name", EXHAUST)
 def test_no_exhaustion(service: RewardService, name: str) -> None:
     verdict = solve(service, EXHAUST[name], OUTPUT_TESTS)
