@@ -21,6 +21,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from or1_megatron.architecture import read_architecture
 from or1_megatron.config import Config
 from or1_megatron.errors import RunFailure, StopRequested, UserError
+from or1_megatron.handover import ACTOR_PARTS, ENGINE_PARTS, Handover, Part, Phase
 from or1_megatron.parallel import shared_memory
 from or1_megatron.parallel.bucket import plan_buckets
 from or1_megatron.parallel.dims import Dims
@@ -46,6 +47,7 @@ class Cluster:
         self._engines: list[Any] = []
         self._logs: dict[Any, Path] = {}
         self._pings: dict[Any, Any] = {}
+        self._handover: Handover | None = None
         self._last_ping = 0.0
 
     def __enter__(self) -> Cluster:
@@ -78,44 +80,77 @@ class Cluster:
                 logging_level=logging.ERROR,
                 _node_ip_address="127.0.0.1",
             )
-        gpus_per_rank, gpus_per_engine = self._gpu_shares()
-        started = []
-        for i in range(self.config.rollout.num_engines):
-            engine = self._launch(EngineProcess, f"engine{i}", gpus_per_engine)
-            self._engines.append(engine)
-            started.append(engine.start.remote(engine_spec(self.config, i)))
+        shares, colocated = self._placement()
+        numbers = {"rank": self.config.parallel.num_ranks if self._with_actor else 0, "engine": self._num_engines}
+        workers: dict[str, list[Any]] = {}
+        for name in sorted(shares, key=shares.__getitem__, reverse=True):
+            workers[name] = [self._launch(name, i, shares[name]) for i in range(numbers[name])]
+        self._ranks, self._engines = workers["rank"], workers["engine"]
+        started = [
+            engine.start.remote(engine_spec(self.config, i, colocated)) for i, engine in enumerate(self._engines)
+        ]
+        if colocated:
+            self._wait(started)
+            self._release(ENGINE_PARTS)
+            self._handover = Handover(self._release, self._restore)
         if self._with_actor:
-            self._ranks = [
-                self._launch(ActorRank, f"rank{i}", gpus_per_rank) for i in range(self.config.parallel.num_ranks)
-            ]
             meeting = self._wait([self._ranks[0].meeting_point.remote(bool(address))])[0]
             started += [rank.start.remote(self.config, i, meeting) for i, rank in enumerate(self._ranks)]
         self._wait(started)
         self._num_buckets = self._share_weights() if self._with_actor else 0
 
-    def _launch(self, process: type, name: str, num_gpus: float) -> Any:
-        log = self._run_dir / "logs" / f"{name}.log"
-        worker = ray.remote(process).options(num_cpus=0, num_gpus=num_gpus, max_restarts=0).remote(str(log))
+    def _launch(self, name: str, index: int, num_gpus: float) -> Any:
+        log = self._run_dir / "logs" / f"{name}{index}.log"
+        process = ray.remote({"rank": ActorRank, "engine": EngineProcess}[name])
+        worker = process.options(num_cpus=0, num_gpus=num_gpus, max_restarts=0).remote(str(log))
         self._logs[worker] = log
         return worker
 
-    def _gpu_shares(self) -> tuple[float, float]:
-        """GPUs per rank and per engine: one each where there are enough, else ranks and engines share them."""
+    def _placement(self) -> tuple[dict[str, float], bool]:
+        """GPUs per rank and per engine, and whether they take turns. Raises UserError when there are too few GPUs.
+
+        Of the shares of one GPU two larger ones do not fit, nor a smaller one beside two; launched in that order,
+        each of the more numerous kind gets a device to itself and each of the other joins one of them.
+        """
         gpus = ray.cluster_resources().get("GPU", 0)
-        ranks = self.config.parallel.num_ranks if self._with_actor else 0
-        wanted = ranks + self.config.rollout.num_engines
-        if gpus == 0:
-            return 0, 0
-        if gpus >= wanted:
-            return 1, 1
-        if gpus < ranks or gpus < self.config.rollout.num_engines:
+        ranks, engines = self.config.parallel.num_ranks if self._with_actor else 0, self._num_engines
+        wanted = self.config.rollout.placement
+        if gpus < max(ranks, engines) and gpus > 0:
             raise UserError(
-                f"parallel.num_ranks={ranks} and rollout.num_engines need more than the {gpus:.0f} GPUs there are"
+                f"parallel.num_ranks={ranks} and {engines} engines need more than the {gpus:.0f} GPUs there are"
             )
-        return 0.5, 0.5
+        if wanted == "separate" and 0 < gpus < ranks + engines:
+            raise UserError(
+                f"rollout.placement=separate needs {ranks + engines} GPUs, there are {gpus:.0f}; use colocated"
+            )
+        colocated = ranks > 0 and (wanted == "colocated" or (wanted == "auto" and 0 < gpus < ranks + engines))
+        if gpus == 0:
+            return {"rank": 0, "engine": 0}, colocated
+        if not colocated:
+            return {"rank": 1, "engine": 1}, False
+        return ({"rank": 0.6, "engine": 0.4} if ranks >= engines else {"rank": 0.4, "engine": 0.6}), True
+
+    @property
+    def _num_engines(self) -> int:
+        return self.config.rollout.num_engines
+
+    def _enter(self, phase: Phase) -> None:
+        if self._handover is not None:
+            self._handover.enter(phase)
+
+    def _release(self, parts: frozenset[Part]) -> None:
+        self._move("release", parts)
+
+    def _restore(self, parts: frozenset[Part]) -> None:
+        self._move("restore", parts)
+
+    def _move(self, method: str, parts: frozenset[Part]) -> None:
+        sides = (self._ranks, sorted(parts & ACTOR_PARTS)), (self._engines, sorted(parts & ENGINE_PARTS))
+        self._wait([getattr(worker, method).remote(mine) for workers, mine in sides if mine for worker in workers])
 
     def generate(self, prompts: list[Prompt], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
         """Groups in the order they finish, over all engines."""
+        self._enter(Phase.ROLLOUT)
         n = len(self._engines)
         streams = [
             engine.generate.options(num_returns="streaming").remote(prompts[i::n], group_size, sampling)
@@ -126,6 +161,7 @@ class Cluster:
 
     def push_weights(self, version: int) -> None:
         """Actor weights -> every engine, bucket by bucket; the engines' next samples carry `version`."""
+        self._enter(Phase.PUSH)
         self._wait([engine.begin_weights.remote(version) for engine in self._engines])
         if self._num_buckets:
             self._push_shared()
@@ -185,14 +221,17 @@ class Cluster:
 
     def engine_log_probs(self, tokens: list[int]) -> list[list[float]]:
         """Per engine, log-probs of tokens[1:] at temperature 1."""
+        self._enter(Phase.ROLLOUT)
         return self._wait([engine.prompt_log_probs.remote(tokens) for engine in self._engines])
 
     def log_probs(self, batches: list[list[MicroBatch]], temperature: float | None = None) -> list[list[TokenValues]]:
         """Per replica and micro-batch; `batches[dp]` are replica dp's micro-batches."""
+        self._enter(Phase.SCORE)
         return self._reports(lambda rank, mine: rank.call.remote("log_probs", mine, temperature=temperature), batches)
 
     def update(self, batches: list[list[MicroBatch]], **settings: Any) -> list[UpdateResult]:
         """One optimizer step; per replica its result. See MegatronActor.update."""
+        self._enter(Phase.UPDATE)
         return self._reports(lambda rank, mine: rank.call.remote("update", mine, **settings), batches)
 
     def _reports(self, ask: Callable[[Any, Any], Any], batches: list[list[MicroBatch]]) -> list[Any]:
@@ -205,9 +244,11 @@ class Cluster:
         return self._wait([self._ranks[0].call.remote("peak_flops")])[0]
 
     def save(self, directory: Path) -> None:
+        self._enter(Phase.CHECKPOINT)
         self._wait([rank.call.remote("save", directory) for rank in self._ranks])
 
     def load(self, directory: Path) -> None:
+        self._enter(Phase.CHECKPOINT)
         self._wait([rank.call.remote("load", directory) for rank in self._ranks])
 
     def _wait(self, refs: list[Any]) -> list[Any]:
@@ -274,7 +315,7 @@ class Cluster:
                 continue
 
 
-def engine_spec(config: Config, index: int) -> EngineSpec:
+def engine_spec(config: Config, index: int, can_sleep: bool = False) -> EngineSpec:
     rollout = config.rollout
     return EngineSpec(
         model_path=config.model.path,
@@ -285,6 +326,7 @@ def engine_spec(config: Config, index: int) -> EngineSpec:
         gpu_memory_utilization=rollout.gpu_memory_utilization,
         max_batched_tokens=rollout.max_batched_tokens,
         enforce_eager=rollout.enforce_eager,
+        can_sleep=can_sleep,
         num_threads=max(1, rollout.cpu_threads_per_engine or (os.cpu_count() or 1) // rollout.num_engines),
     )
 

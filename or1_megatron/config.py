@@ -13,8 +13,6 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from or1_megatron.errors import UserError, either
-
 
 def key(default: Any, meaning: str, choices: tuple[str, ...] = ()) -> Any:
     """A field with the sentence that `--help` prints."""
@@ -89,6 +87,12 @@ class RolloutConfig:
         ("auto", "shm", "ray"),
     )
     verify_weights: bool = key(False, "compare the checksum of every tensor after every weight push (transport shm)")
+    placement: str = key(
+        "auto",
+        "engines and actor: colocated (they take turns on the same devices and release what the other needs), "
+        "separate (both stay) or auto (colocated where there are not GPUs for both)",
+        ("auto", "colocated", "separate"),
+    )
     bucket_mb: int = key(128, "size of one weight bucket on its way to the engines, MiB")
 
 
@@ -260,91 +264,3 @@ def all_keys(section: type = Config, prefix: str = "") -> list[Key]:
             Key(prefix + item.name, str(item.type), default, item.metadata["meaning"], item.metadata["choices"])
         )
     return keys
-
-
-def divisors(number: int) -> str:
-    return either([d for d in range(1, number + 1) if number % d == 0])
-
-
-def validate(config: Config) -> None:
-    """Every rule that needs no file. Raises UserError naming the key, the value and the fix."""
-    for item in all_keys():
-        value = _value(config, item.name)
-        if item.choices and value not in item.choices:
-            raise UserError(f"{item.name}={value!r} is not one of {', '.join(item.choices)}")
-    _validate_signs(config)
-    rollout, loss = config.rollout, config.loss
-    if rollout.group_size < 2:
-        raise UserError(f"rollout.group_size={rollout.group_size}: a group of one has no advantage; use 2 or more")
-    if rollout.rollout_batch_size % config.mini_batch_size:
-        raise UserError(
-            f"loss.mini_batch_size={config.mini_batch_size} does not divide rollout.rollout_batch_size="
-            f"{rollout.rollout_batch_size}; use {divisors(rollout.rollout_batch_size)}"
-        )
-    if loss.old_log_probs == "current" and config.num_sgd_steps > 1:
-        raise UserError(
-            f"loss.old_log_probs=current needs one optimizer step per rollout, but N_SGD={config.num_sgd_steps}; "
-            "use recompute or engine"
-        )
-    _validate_parallel(config)
-    entropy = config.entropy
-    if entropy.rule == "paper" and not entropy.min <= entropy.initial <= entropy.max:
-        raise UserError(
-            f"entropy.initial={entropy.initial} is outside [entropy.min, entropy.max]=[{entropy.min}, {entropy.max}]"
-        )
-    if rollout.max_generated_factor < 1:
-        raise UserError(f"rollout.max_generated_factor={rollout.max_generated_factor} must be at least 1")
-    if not 0 < rollout.top_p <= 1:
-        raise UserError(f"rollout.top_p={rollout.top_p} must be in (0, 1]")
-
-
-def _validate_parallel(config: Config) -> None:
-    parallel, longest = config.parallel, config.longest_sequence
-    if parallel.num_ranks % (parallel.tp * parallel.pp * parallel.cp):
-        raise UserError(
-            f"parallel.tp={parallel.tp} x parallel.pp={parallel.pp} x parallel.cp={parallel.cp} does not divide "
-            f"parallel.num_ranks={parallel.num_ranks}; tp * pp * cp may be {divisors(parallel.num_ranks)}"
-        )
-    if parallel.cp > 1 and longest >= 2 * config.rollout.context_length:
-        raise UserError(
-            f"parallel.cp={parallel.cp} with parallel.tp={parallel.tp} pads every sequence to a multiple of "
-            f"{config.alignment} tokens, {longest} for rollout.context_length={config.rollout.context_length}: "
-            "more padding than tokens; use a smaller parallel.cp"
-        )
-    if config.token_budget < longest:
-        padded = "" if config.alignment == 1 else f", {longest} tokens when padded to a multiple of {config.alignment}"
-        raise UserError(
-            f"parallel.token_budget={parallel.token_budget} is below rollout.context_length="
-            f"{config.rollout.context_length}{padded}: the longest sequence would fit no micro-batch; "
-            f"use at least {longest}"
-        )
-
-
-_POSITIVE = (
-    "steps keep_checkpoints parallel.num_ranks parallel.tp parallel.pp parallel.cp parallel.cpu_threads_per_rank "
-    "parallel.timeout_s rollout.rollout_batch_size rollout.context_length rollout.temperature rollout.num_engines "
-    "rollout.kv_cache_gb rollout.bucket_mb loss.num_reuse reward.num_workers reward.timeout_s reward.memory_mb "
-    "reward.max_queued reward.recycle_tasks reward.recycle_mb reward.code_timeout_s reward.code_total_s "
-    "reward.code_memory_mb "
-    "evaluation.num_samples "
-).split()
-_NOT_NEGATIVE = (
-    "save_interval parallel.token_budget rollout.max_response_length rollout.probe_interval "
-    "rollout.probe_tolerance loss.mini_batch_size loss.clip_low loss.clip_high optimizer.lr "
-    "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad reward.max_failure_rate "
-    "evaluation.interval evaluation.temperature "
-).split()
-
-
-def _validate_signs(config: Config) -> None:
-    for name in (*_POSITIVE, *_NOT_NEGATIVE):
-        value = _value(config, name)
-        if value < 0 or (value == 0 and name in _POSITIVE):
-            raise UserError(f"{name}={value} must be {'above 0' if name in _POSITIVE else '0 or more'}")
-
-
-def _value(config: Config, name: str) -> Any:
-    value: Any = config
-    for part in name.split("."):
-        value = getattr(value, part)
-    return value

@@ -69,6 +69,12 @@ class ActorRank(_Process):
 
         self.actor = MegatronActor(config, rank)
 
+    def release(self, parts: list[str]) -> None:
+        self.actor.release(parts)
+
+    def restore(self, parts: list[str]) -> None:
+        self.actor.restore(parts)
+
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self.actor, method)(*args, **kwargs)
 
@@ -87,6 +93,12 @@ class EngineProcess(_Process):
 
     def start(self, spec: EngineSpec) -> None:
         self.worker = RolloutWorker(spec)
+
+    def release(self, parts: list[str]) -> None:
+        self.worker.release(parts)
+
+    def restore(self, parts: list[str]) -> None:
+        self.worker.restore(parts)
 
     def generate(self, prompts: list, group_size: int, sampling: Any) -> Iterator[Any]:
         yield from self.worker.generate(prompts, group_size, sampling)

@@ -10,8 +10,9 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from or1_megatron.config import Config, all_keys, validate
+from or1_megatron.config import Config, all_keys
 from or1_megatron.errors import UserError
+from or1_megatron.validate import validate
 
 
 def load(recipe: str | Path, overrides: list[str] | None = None) -> Config:

@@ -15,10 +15,10 @@ SOURCE_ROOTS = ("or1_megatron", "launch", "slurm", "tools", "benchmarks")
 
 # From the innermost ring to the outermost; a module may import its own ring and those inside it.
 RINGS = (
-    ("config", "recipe", "types", "errors", "architecture"),
+    ("config", "validate", "recipe", "types", "errors", "architecture"),
     ("parallel", "rl", "profiling"),
     ("actor", "rollout", "reward", "data"),
-    ("cluster", "processes"),
+    ("cluster", "processes", "handover"),
     ("train", "evaluate", "collect", "update", "runstate", "display", "runfolder", "doctor"),
     ("convert", "compare"),
     ("cli", "__main__"),

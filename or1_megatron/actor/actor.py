@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,9 @@ from or1_megatron.errors import RunFailure
 from or1_megatron.parallel.context import Part, gather, part_of
 from or1_megatron.parallel.device import device, peak_flops, release_memory, use_transformer_engine
 from or1_megatron.parallel.dims import Dims
+from or1_megatron.parallel.offload import Offload
 from or1_megatron.parallel.vocab import Shard, log_probs_and_entropy
-from or1_megatron.parallel.vocab_head import head_log_probs_and_entropy, head_loss
+from or1_megatron.parallel.vocab_head import forget_buffers, head_log_probs_and_entropy, head_loss
 from or1_megatron.rl.loss import magic_loss
 from or1_megatron.types import MicroBatch, TokenValues, UpdateResult
 
@@ -67,6 +68,12 @@ class MegatronActor:
         # Above any pack, a pack of nothing included, and a multiple of the alignment.
         fused_norms = use_transformer_engine(config.model.transformer_impl)
         self.weights = WeightSource(model, self.architecture, self.mesh, fused_norms=fused_norms)
+        ddp: Any = self.model
+        self.memory = {
+            "actor weights": Offload(model.parameters, keep=True),
+            "gradients": Offload(lambda: [buffer.grad_data for buffer in ddp.buffers], keep=False),
+            "optimizer": Offload(lambda: checkpoint.state_tensors(self.optimizer), keep=True),
+        }
         self._max_seqlen = (config.token_budget // config.alignment + 2) * config.alignment
 
     def _optimizer_config(self) -> OptimizerConfig:
@@ -125,6 +132,17 @@ class MegatronActor:
             grad_norm=float(grad_norm),
             values=[values for _, values in outputs],
         )
+
+    def release(self, parts: Iterable[str]) -> None:
+        """Gives the device memory of these parts of `memory` back until `restore`."""
+        for part in parts:
+            self.memory[part].release()
+        forget_buffers()
+        release_memory()
+
+    def restore(self, parts: Iterable[str]) -> None:
+        for part in parts:
+            self.memory[part].restore()
 
     def peak_flops(self) -> float:
         return peak_flops(DTYPES[self.config.model.dtype])

@@ -52,6 +52,17 @@ def initialise_state(optimizer: Any) -> None:
             }
 
 
+def state_tensors(optimizer: Any) -> list[torch.Tensor]:
+    """What the optimizer alone holds: moments, and main weights where the model's are of another dtype. In float32
+    the main weights are views of the model's."""
+    part = _part(optimizer)
+    states = [value for state in part.optimizer.state.values() for value in state.values()]
+    main = [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+    model = {p.untyped_storage()._cdata for group in part.model_float16_groups + part.model_fp32_groups for p in group}
+    tensors = [x for x in [*states, *main] if torch.is_tensor(x) and x.numel() > 1]
+    return [x for x in tensors if x.untyped_storage()._cdata not in model]
+
+
 def _tracker() -> Any:
     return get_cuda_rng_tracker()
 

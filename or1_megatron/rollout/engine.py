@@ -26,6 +26,7 @@ from or1_megatron.parallel.megatron_files import MegatronWeights, all_tensors, i
 from or1_megatron.types import Group, Prompt, Sample
 
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_PARTS = {"engine weights": "weights", "kv cache": "kv_cache"}  # vLLM's names of what sleeps
 _CPU_BLOCK_SIZE = 32  # tokens; vLLM's 128 on CPU is longer than a short prompt, which then shares nothing in its group
 
 
@@ -42,6 +43,7 @@ class EngineSpec:
     max_batched_tokens: int  # most tokens in one engine step
     enforce_eager: bool  # no CUDA graphs; always so without a GPU
     num_threads: int  # OpenMP threads without a GPU
+    can_sleep: bool = False  # gives its memory up between rollouts; vLLM does so on a GPU only
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Engine:
         self.spec = spec
         self.weight_version = 0
         self._num_requests = 0
+        self._resident = set(_PARTS)
         self._llm = _start_vllm(spec)
         hf_config = self._llm.model_config.hf_config
         self._tied = bool(hf_config.tie_word_embeddings)
@@ -71,11 +74,29 @@ class Engine:
             with MegatronWeights(path, architecture) as weights:
                 self.load_weights(all_tensors(weights, architecture), version=0)
 
+    def release(self, parts: Iterable[str]) -> None:
+        """Gives up "engine weights" (until the next push) or "kv cache". Nothing may be generating."""
+        assert self.spec.can_sleep and self._resident.issuperset(parts), (self.spec, self._resident, parts)
+        staying = self._resident.difference(parts)
+        if device.has_cuda():
+            self._llm.sleep(level=2)  # all of it: vLLM has no finer way down
+        self._resident = set()
+        self.restore(staying)
+
+    def restore(self, parts: Iterable[str]) -> None:
+        """Takes the memory back; weights are undefined until they are loaded."""
+        assert self._resident.isdisjoint(parts), (self._resident, parts)
+        for part in parts:
+            if device.has_cuda():
+                self._llm.wake_up(tags=[_PARTS[part]])
+            self._resident.add(part)
+
     def generate(self, prompts: list[Prompt], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
         """Yields each group as soon as all of its responses have finished, in that order.
 
         A prompt leaves room for at least one token. Closing the iterator early aborts what is still running.
         """
+        assert self._resident == set(_PARTS), f"generate with only {self._resident} on the device"
         engine = self._llm.llm_engine
         running: dict[str, Prompt] = {}
         try:
@@ -95,6 +116,7 @@ class Engine:
         Tensors may be views; all references are dropped before this returns. Nothing may be generating. Raises
         RunFailure when a tensor of the checkpoint is missing: vLLM would go on with the old one.
         """
+        assert "engine weights" in self._resident, "weights pushed to an engine that has released their memory"
         missing = set(self._checkpoint_names)
 
         def received() -> Iterator[tuple[str, torch.Tensor]]:
@@ -116,6 +138,7 @@ class Engine:
         """Log-probs of tokens[1:] at temperature 1; `tokens` are at most context_length - 1."""
         from vllm import SamplingParams
 
+        assert self._resident == set(_PARTS), f"prompt_log_probs with only {self._resident} on the device"
         params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
         self._add_request(tokens, params)
         outputs: list[Any] = []
@@ -174,6 +197,7 @@ def _start_vllm(spec: EngineSpec) -> Any:
     options: dict[str, Any] = {}
     if device.has_cuda():
         options["gpu_memory_utilization"] = spec.gpu_memory_utilization
+        options["enable_sleep_mode"] = spec.can_sleep
     else:
         os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": str(spec.num_threads)}
         device.set_num_threads(spec.num_threads)

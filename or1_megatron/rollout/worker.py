@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,13 @@ class RolloutWorker:
     def ping(self) -> int:
         """The current weight version."""
         return self._engine.weight_version
+
+    def release(self, parts: Iterable[str]) -> None:
+        assert self._loader is None, "release during a weight push"
+        self._engine.release(parts)
+
+    def restore(self, parts: Iterable[str]) -> None:
+        self._engine.restore(parts)
 
     def generate(self, prompts: list[Prompt], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
         assert self._loader is None, "generate during a weight push"

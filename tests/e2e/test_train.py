@@ -100,7 +100,11 @@ def nothing_left(workplace: Path) -> None:
 @pytest.mark.parametrize("degree", ["tp", "pp"])
 def test_three_steps_on_two_ranks(workplace: Path, degree: str) -> None:
     run = workplace / f"run-{degree}"
-    options = ["parallel.num_ranks=2", f"parallel.{degree}=2", "rollout.verify_weights=true"]
+    placement = {"tp": "separate", "pp": "colocated"}[degree]
+    options = [
+        *("parallel.num_ranks=2", f"parallel.{degree}=2"),
+        *("rollout.verify_weights=true", f"rollout.placement={placement}"),
+    ]
     process = start(workplace, "recipe.yaml", f"run_dir={run}", *options)
     output = finish(process)
     assert process.returncode == 0, output

@@ -175,6 +175,25 @@ def update_times(actor: MegatronActor, sequences: list[Sequence], steps: int) ->
     return losses
 
 
+def updates_with_handovers(
+    rank: int, world_size: int, config: Config, sequences: list[Sequence], cycles: int
+) -> tuple[list[torch.Tensor], list[int]]:
+    """State after two updates, with all memory given away and taken back `cycles` times before each; bytes held
+    while it is away, and after."""
+    actor = MegatronActor(config, rank)
+    batches = my_batches(actor, sequences)
+    num_tokens = sum(len(s.tokens) - s.num_prompt_tokens for s in sequences)
+    held = [sum(part.num_bytes() for part in actor.memory.values())]
+    for _ in range(2):
+        for _ in range(cycles):
+            actor.release(list(actor.memory))
+            held.append(sum(part.num_bytes() for part in actor.memory.values()))
+            actor.restore(list(actor.memory))
+            held.append(sum(part.num_bytes() for part in actor.memory.values()))
+        actor.update(batches, entropy_coefficient=ALPHA, num_tokens=num_tokens, lr=LR)
+    return _state(actor), held
+
+
 def save_on_a_full_disk(rank: int, world_size: int, config: Config, directory: Path) -> str:
     """What `save` says when no file can grow beyond 16 KiB on any rank."""
     actor = MegatronActor(config, rank)

@@ -206,6 +206,17 @@ def test_resume_is_bitwise_and_loads_at_other_degrees(models: dict, tmp_path: Pa
         assert [sum(losses) for losses in zip(*ranks, strict=True)] == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_giving_the_memory_away_and_back_changes_no_bit(dtype: str, models: dict) -> None:
+    sequences = make_sequences(320)
+    config = make_config(models["llama"], dp=2, dtype=dtype)
+    kept = run_ranks(2, ranks_actor.updates_with_handovers, config, sequences, 0)
+    handed = run_ranks(2, ranks_actor.updates_with_handovers, config, sequences, 50)
+    for (state, _), (same, held) in zip(kept, handed, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(state, same, strict=True))
+        assert set(held[1::2]) == {0} and len(set(held[::2])) == 1 and held[0] > 0, held
+
+
 def test_a_full_disk_while_saving_is_one_clear_error(models: dict, tmp_path: Path) -> None:
     (tmp_path / "checkpoint").mkdir()
     config = make_config(models["llama"], dp=2)
