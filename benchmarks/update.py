@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -204,7 +205,7 @@ def build(bench: Benchmark, quick: bool) -> None:
         padded = sum(tokens.numel() for tokens, _, _ in map(HuggingFace._batch, HuggingFace._fill(sequences(mine))))
         bench.note(f"{name}: {len(mine)} sequences, {sum(mine)} tokens, {min(mine)} to {max(mine)}; padded {padded}")
         for dtype in ["bf16"] if quick else ["bf16", "fp32"]:
-            _compare(bench, name, dtype, model, mine, profiled=not quick)
+            bench.part(partial(_compare, bench, name, dtype, model, mine, profiled=not quick))
 
 
 def _compare(bench: Benchmark, name: str, dtype: str, model: Path, lengths: list[int], *, profiled: bool) -> None:

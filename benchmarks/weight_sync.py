@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,26 +184,32 @@ def engine_load(model: Path) -> Callable[[], float]:
 
 def build(bench: Benchmark, quick: bool) -> None:
     smollm2 = fetch_smollm2(Path(__file__).parents[1] / ".cache" / "models")
-    _layouts(bench, "SmolLM2-135M", smollm2, [(1, 1)] if quick else [(1, 1), (3, 1), (1, 2)])
+    for tp, pp in [(1, 1)] if quick else [(1, 1), (3, 1), (1, 2)]:
+        bench.part(partial(_push, bench, "SmolLM2-135M", smollm2, tp, pp))
     if not quick:
-        model = bench.stack.enter_context(random_model(QWEN_1_5B))
-        _layouts(bench, "Qwen2.5-1.5B", model, [(1, 1), (2, 1), (1, 2)])
-        bench.case("engine: load and prepack SmolLM2-135M", engine_load(smollm2), amount=1, unit="pushes")
+        for tp, pp in [(1, 1), (2, 1), (1, 2)]:
+            bench.part(partial(_push, bench, "Qwen2.5-1.5B", None, tp, pp))
+        bench.part(lambda: _engine(bench, "SmolLM2-135M", smollm2))
 
 
-def _layouts(bench: Benchmark, name: str, model: Path, layouts: list[tuple[int, int]]) -> None:
-    for tp, pp in layouts:
-        push = Push(model, tp, pp)
-        bench.stack.callback(push.close)
-        amount = {"amount": push.size / 2**30, "unit": "GiB"}
-        label = f"{name} tp={tp} pp={pp}"
-        ours = bench.case(f"or1_megatron, {label}", push.ours, **amount)
-        peer = bench.case(f"per parameter, {label}", push.per_parameter, kind="peer", **amount)
-        copy = bench.case(f"one copy, {label}", one_copy(push.size, tp * pp), kind="floor", **amount)
-        key = f"{name.partition('-')[0].lower()}_tp{tp}_pp{pp}"
-        bench.mark(f"{key}_share_of_copy", _share(ours, copy), target=0.5)
-        bench.mark(f"{key}_over_per_parameter", _share(ours, peer), target=5)
-        bench.note(f"{label}: {push.num_tensors} tensors, {push.size / 2**20:.0f} MiB, {len(push.buckets)} buckets")
+def _engine(bench: Benchmark, name: str, model: Path) -> None:
+    bench.case(f"engine: load and prepack {name}", engine_load(model), amount=1, unit="pushes")
+
+
+def _push(bench: Benchmark, name: str, model: Path | None, tp: int, pp: int) -> None:
+    """`model` None: a random one of Qwen2.5-1.5B's shape."""
+    push = Push(model or bench.stack.enter_context(random_model(QWEN_1_5B)), tp, pp)
+    bench.stack.callback(push.close)
+    amount = {"amount": push.size / 2**30, "unit": "GiB"}
+    label = f"{name} tp={tp} pp={pp}"
+    ours = bench.case(f"or1_megatron, {label}", push.ours, **amount)
+    peer = bench.case(f"per parameter, {label}", push.per_parameter, kind="peer", **amount)
+    copied = min(push.size, 2**30)
+    copy = bench.case(f"one copy, {label}", one_copy(copied, tp * pp), "floor", copied / 2**30, "GiB")
+    key = f"{name.partition('-')[0].lower()}_tp{tp}_pp{pp}"
+    bench.mark(f"{key}_share_of_copy", _share(ours, copy), target=0.5)
+    bench.mark(f"{key}_over_per_parameter", _share(ours, peer), target=5)
+    bench.note(f"{label}: {push.num_tensors} tensors, {push.size / 2**20:.0f} MiB, {len(push.buckets)} buckets")
 
 
 def _share(ours: Case, other: Case) -> Callable[[], float]:

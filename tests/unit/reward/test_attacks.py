@@ -22,7 +22,7 @@ from or1_megatron.types import Verdict
 from tests.unit.reward.attack_programs import EXHAUST, FORGE, HARM, HARMLESS, LEAVING, TESTS
 
 # What does harm does it at once, and must not pass for slow on a busy machine; what exhausts takes all it is given.
-LONG = RewardConfig(num_workers=2, code_timeout_s=10, code_total_s=15, code_memory_mb=512)
+LONG = RewardConfig(num_workers=2, code_timeout_s=4, code_total_s=6, code_memory_mb=512)
 SHORT = RewardConfig(num_workers=2, code_timeout_s=0.6, code_total_s=0.9, code_memory_mb=512)
 OUTPUT_TESTS = json.dumps({"inputs": [""], "outputs": ["breached"]})
 CALL_TESTS = json.dumps({"test_list": TESTS.splitlines()})

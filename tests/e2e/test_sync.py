@@ -1,0 +1,83 @@
+"""Weight pushes proven by generation: the engines of a run say what fresh engines of the exported weights say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from or1_megatron.cluster import Cluster
+from or1_megatron.config import Config
+from or1_megatron.convert import megatron_to_hf
+from or1_megatron.parallel.packing import pack
+from or1_megatron.recipe import from_tree
+from or1_megatron.rollout.engine import SamplingSpec
+from or1_megatron.types import Prompt, Sequence
+from tests.tiny_models import write_tiny_model
+
+TEXTS = ["What is 3 + 4?", "Name a prime.", "Half of 18?", "One, two,"]
+PROBE = list(b"The same weights tell the same log-probs.")
+GREEDY = SamplingSpec(temperature=0.0, top_p=1.0, max_response_length=16)
+
+
+def config_of(model: Path, *, num_engines: int = 1, pp: int = 1) -> Config:
+    rollout = {
+        "num_engines": num_engines,
+        "context_length": 64,
+        "kv_cache_gb": 0.1,
+        "max_batched_tokens": 256,
+        "placement": "colocated",
+    }
+    tree: dict[str, Any] = {
+        "model": {"path": str(model), "dtype": "fp32"},
+        "rollout": rollout,
+        "parallel": {"num_ranks": pp, "pp": pp},
+    }
+    return from_tree([("test", tree)])
+
+
+def greedy(cluster: Cluster) -> dict[str, tuple[list[int], str, list[float]]]:
+    prompts = [
+        Prompt(uid=text, text=text, tokens=tuple(text.encode()), ground_truth=("",), data_source="t") for text in TEXTS
+    ]
+    groups = cluster.generate(prompts, 1, GREEDY)
+    return {g.prompt.uid: (g.samples[0].tokens, g.samples[0].text, g.samples[0].log_probs) for g in groups}
+
+
+def update(cluster: Cluster, config: Config, seed: int, lr: float) -> None:
+    draw = np.random.default_rng(seed)
+    sequences = [Sequence(tuple(map(int, draw.integers(3, 250, n))), n // 3, 1.0, None) for n in (20, 30, 12)]
+    num_tokens = sum(len(s.tokens) - s.num_prompt_tokens for s in sequences)
+    batches = [[pack(sequences, [0, 1, 2], alignment=config.alignment)]]
+    cluster.update(batches, entropy_coefficient=0.0, num_tokens=num_tokens, lr=lr)
+
+
+def test_engines_equal_a_fresh_one_of_the_export_and_do_not_drift(tmp_path: Path) -> None:
+    """Tied weights on two stages, two engines: what is easily left stale."""
+    model = write_tiny_model(tmp_path / "model", "llama", tied=True)
+    config = config_of(model, num_engines=2, pp=2)
+    with Cluster(config, tmp_path / "run") as cluster:
+        cluster.push_weights(0)
+        at_first = greedy(cluster)
+        for step in range(3):
+            update(cluster, config, step, lr=1e-2)
+        cluster.push_weights(1)
+        said, told = greedy(cluster), cluster.engine_log_probs(PROBE)
+        assert {uid: row[:2] for uid, row in said.items()} != {uid: row[:2] for uid, row in at_first.items()}
+        for version in range(2, 22):
+            update(cluster, config, version, lr=0.0)
+            cluster.push_weights(version)
+            assert cluster.engine_log_probs(PROBE) == told, f"drifted at push {version} with a learning rate of 0"
+        (tmp_path / "actor").mkdir()
+        cluster.save(tmp_path / "actor")
+    megatron_to_hf(tmp_path / "actor", model, tmp_path / "exported")
+    with Cluster(config_of(tmp_path / "exported"), tmp_path / "fresh", with_actor=False) as cluster:
+        fresh = greedy(cluster)
+        assert {uid: row[:2] for uid, row in fresh.items()} == {uid: row[:2] for uid, row in said.items()}
+        for uid, (_, _, log_probs) in fresh.items():
+            np.testing.assert_allclose(log_probs, said[uid][2], atol=1e-5)
+        expected = cluster.engine_log_probs(PROBE)[0]
+    assert len(told) == 2
+    for engine in told:
+        np.testing.assert_allclose(engine, expected, atol=1e-5)
