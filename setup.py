@@ -15,6 +15,7 @@ CORE = [
     "psutil",
     "rich",
     "tensorboard",
+    "matplotlib",
     "numpy",
 ]
 IMPORTED_BY_PEERS = [

@@ -96,7 +96,7 @@ class Benchmark:
         self.stack = ExitStack()
         self.cases: list[Case] = []
         self.marks: list[Mark] = []
-        self.notes: list[str] = []
+        self.notes: list[str | Callable[[], str]] = []
         self._parts: list[Callable[[], None]] = []
 
     def part(self, build: Callable[[], None]) -> None:
@@ -117,7 +117,7 @@ class Benchmark:
         assert " " not in name, "a mark's line is split at spaces"
         self.marks.append(Mark(name, value, target, better))
 
-    def note(self, text: str) -> None:
+    def note(self, text: str | Callable[[], str]) -> None:
         """A line under the table, e.g. why a peer is missing."""
         self.notes.append(text)
 
@@ -144,7 +144,7 @@ class Benchmark:
                 f"{case.rate:12,.1f} {case.median_rate:12,.1f}  {len(case.seconds):4}  {case.unit}/s  {case.told()}"
             )
             lines.append(row.rstrip())
-        return "\n".join([*lines, *self.notes])
+        return "\n".join([*lines, *(note if isinstance(note, str) else note() for note in self.notes)])
 
     def mark_lines(self) -> list[str]:
         values = [(mark, mark.value()) for mark in self.marks]

@@ -81,9 +81,32 @@ def build_parser() -> argparse.ArgumentParser:
         "eval", help="evaluate the model of a recipe", usage="or1 eval RECIPE [key=value ...]"
     )
     evaluate.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="recipe file, then overrides")
+    _add_verify(commands)
     _add_convert(commands)
     commands.add_parser("doctor", help="check this machine, with a fix for whatever is wrong")
     return parser
+
+
+def _add_verify(commands: Any) -> None:
+    verify = commands.add_parser(
+        "verify",
+        help="score a file of responses; compare verifiers",
+        description="A row (.jsonl, .parquet) has response, ground_truth; optional: data_source, correct, difficulty.",
+    )
+    verify.add_argument("file", metavar="FILE", type=Path)
+    verify.add_argument("--out", metavar="FILE", type=Path, help="verdict of each row, one JSON line each")
+    verify.add_argument("--workers", metavar="N", type=int, default=2, help="verifier processes; default 2")
+    verify.add_argument(
+        "--require-isolation", metavar="LEVEL", default="full",
+        help="least isolation for code: rlimits, partial, full (default) or namespaces",
+    )  # fmt: skip
+    verify.add_argument("--compare", action="store_true", help="with other verifiers, by name (math answers)")
+    verify.add_argument("--install", action="store_true", help="get the packages of those that are not here")
+    verify.add_argument(
+        "--peers", metavar="DIR", type=Path, default=Path(".cache/verifiers"),
+        help="where their packages lie; default .cache/verifiers",
+    )  # fmt: skip
+    verify.add_argument("--plot", metavar="FILE", type=Path, help="the comparison as a picture (.png, .svg, .pdf)")
 
 
 def _add_convert(commands: Any) -> None:
@@ -142,6 +165,23 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor()
 
 
+def _verify(options: argparse.Namespace) -> int:
+    from or1_megatron.config import RewardConfig
+    from or1_megatron.reward.isolation import LEVELS
+    from or1_megatron.verify import compare, verify
+
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers}: use 1 or more")
+    if options.require_isolation not in LEVELS:
+        raise UserError(f"--require-isolation {options.require_isolation}: use one of {', '.join(LEVELS)}")
+    config = RewardConfig(num_workers=options.workers, require_isolation=options.require_isolation)
+    if options.compare:
+        compare(options.file, config, options.peers, options.install, options.plot)
+    else:
+        verify(options.file, config, options.out)
+    return 0
+
+
 def _convert(options: argparse.Namespace) -> int:
     if options.way == "verify":
         from or1_megatron.compare import PROMPT, verify
@@ -181,7 +221,14 @@ def _check_overrides_only(words: list[str]) -> None:
             raise UserError(f"--resume takes the configuration from the run folder; drop {word!r} or make it key=value")
 
 
-COMMANDS = {"train": _train, "eval": _evaluate, "convert": _convert, "export": _export, "doctor": _doctor}
+COMMANDS = {
+    "train": _train,
+    "eval": _evaluate,
+    "verify": _verify,
+    "convert": _convert,
+    "export": _export,
+    "doctor": _doctor,
+}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -20,7 +20,7 @@ RINGS = (
     ("actor", "rollout", "reward", "data"),
     ("cluster", "processes", "handover"),
     ("train", "evaluate", "collect", "update", "runstate", "display", "runfolder", "doctor"),
-    ("convert", "compare"),
+    ("convert", "compare", "verify"),
     ("cli", "__main__"),
 )
 STRANGERS = frozenset(RINGS[2])  # meet only in outer rings: an actor that knows its engine cannot be placed elsewhere

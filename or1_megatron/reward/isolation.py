@@ -26,6 +26,10 @@ from or1_megatron.errors import UserError
 
 LEVELS = ("rlimits", "partial", "full", "namespaces")
 
+SYSTEM_PATHS = (
+    "/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo",
+)  # fmt: skip
+
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 38, 22, 24
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
@@ -138,7 +142,7 @@ def readable_paths() -> list[str]:
     wanted = {
         *(str(Path(item).resolve()) for item in sys.path if item),
         str(Path(sys.base_prefix, "lib").resolve()),
-        *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/etc/ld.so.cache", "/etc/localtime", "/usr/share/zoneinfo"),
+        *SYSTEM_PATHS,
         *("/dev/null", "/dev/zero", "/dev/urandom", "/dev/random"),
     }
     return sorted(path for path in wanted if os.path.exists(path))

@@ -55,8 +55,10 @@ def _compare(answer: str, ground_truth: tuple[str, ...]) -> str:
 
 
 def _equal(gold: str, answer: str, parsed: list[Any]) -> bool:
-    in_base = _IN_BASE.fullmatch(answer)
-    if in_base and not _IN_BASE.fullmatch(gold.strip()):
+    in_base, gold_in_base = _IN_BASE.fullmatch(answer), _IN_BASE.fullmatch(gold.strip())
+    if in_base and gold_in_base:
+        return in_base.groups() == gold_in_base.groups()
+    if in_base:
         return _value_in_base(in_base) == gold.strip()  # Math-Verify takes 10_2 for ten
     from math_verify import verify
 
@@ -80,7 +82,7 @@ def _value_in_base(number: re.Match[str]) -> str:
 def _parse(answer: str) -> list[Any]:
     from math_verify import parse
 
-    answer = _REPEATING.sub(_fraction, _DIGIT_SPACE.sub("", answer))
+    answer = _REPEATING.sub(_fraction, _DIGIT_SPACE.sub("", answer.removesuffix(".")))
     try:
         return parse(f"\\boxed{{{answer}}}", parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
     except MemoryError:

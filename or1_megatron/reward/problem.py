@@ -7,7 +7,7 @@ A gold answer, or several: math. A JSON object (or list) of one of these forms: 
     {"test" | "test_code", "entry_point", "prompt" | "import_prefix"?}   HumanEval, LeetCode, Skywork-OR1
     {"test_list" | "assert_case": [assertion, ...], "test_setup_code"?}  MBPP, Skywork-OR1
 
-Each may hold "checker", a program that defines check(input, output, expected) -> bool.
+The first may hold "checker", a program that defines check(input, output, expected) -> bool.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def code_tests(ground_truth: tuple[str, ...], data_source: str) -> CodeTests | N
         if _CODE_SOURCES.search(data_source):
             raise UserError(
                 f"data_source={data_source!r} is code, but reward_model.ground_truth={ground_truth[0][:60]!r} holds no "
-                "tests in a known form; see docs/rewards.md"
+                "tests in a known form; see docs/verifiers.md"
             )
         return None
     if not tests.count:

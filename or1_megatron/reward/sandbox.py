@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from or1_megatron.errors import UserError
 from or1_megatron.reward import isolation, referee, session
 
 _ROOT = str(Path(__file__).resolve().parents[2])
@@ -56,7 +57,9 @@ class Sandbox:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             # Isolated but for the environment, which is ours: -I would ignore its fixed hash seed.
-            command = [sys.executable, "-s", "-P", "-c", _BOOT, _ROOT, str(theirs.fileno())]
+            # By its real path, where a symlinked environment is found inside bubblewrap too.
+            python = os.path.join(os.path.realpath(sys.prefix), "bin", os.path.basename(sys.executable))
+            command = [python, "-s", "-P", "-c", _BOOT, _ROOT, str(theirs.fileno())]
             self._process = subprocess.Popen(
                 (bubblewrap_prefix() if bubblewrap else []) + command,
                 pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
@@ -104,19 +107,16 @@ class Sandbox:
 
 
 def bubblewrap_prefix() -> list[str]:
-    """The bwrap command line: the libraries read-only, nothing else there, no namespace shared."""
+    """The bwrap command line: the libraries read-only, nothing else there, no namespace shared. Raises UserError."""
     binary = shutil.which("bwrap")
-    assert binary, "asked for bubblewrap where there is none"
+    if not binary:
+        raise UserError(
+            "reward.require_isolation=namespaces needs bubblewrap, and no bwrap is on PATH; install bubblewrap or use "
+            "reward.require_isolation=full"
+        )
     prefix = [binary, "--unshare-all", "--die-with-parent", "--new-session", "--dev", "/dev", "--cap-drop", "ALL"]
-    paths = {
-        *isolation.readable_paths(),
-        sys.prefix,
-        sys.base_prefix,
-        str(Path(_ROOT, "or1_megatron")),
-        "/bin",
-        "/usr/bin",
-    }
-    for path in sorted(path for path in paths if os.path.exists(path) and not path.startswith("/dev")):
+    ours = {os.path.realpath(sys.prefix), os.path.realpath(sys.base_prefix), str(Path(_ROOT, "or1_megatron"))}
+    for path in sorted(path for path in {*ours, *isolation.SYSTEM_PATHS} if os.path.exists(path)):
         prefix += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     return [*prefix, "--"]
 

@@ -33,7 +33,7 @@ from or1_megatron.reward.session import EXIT_MEMORY
 from or1_megatron.types import Sample, Verdict
 
 _PATIENCE_S = 0.05
-_FAIR_CPU_S = 0.5
+_FAIR_CPU_S = 0.25
 _MAX_BACKGROUND = 32  # per worker: forks of one template, a few MB each unless the check itself grows
 _ATTEMPTS = 5
 _FAILED_STARTS = 30  # in a row; a template counts for ten workers

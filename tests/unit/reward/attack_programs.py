@@ -1,8 +1,8 @@
 """Attack programs by class. A program in HARM prints `breached` when it reached what it must not reach; one in EXHAUST
 uses up something; one in FORGE tries to pass tests it does not solve.
 
-HARM and EXHAUST run as whole programs; CANARY, HOME, PORT and PARENT are replaced by a file,
-a readable folder, a listening TCP port and a pid.
+HARM and EXHAUST run as whole programs; CANARY, HOME, ITSELF, PORT and PARENT are replaced
+by a file, a readable folder, this file, a listening TCP port and a pid.
 FORGE runs as a solution whose `f` is called: see TESTS. What catches everything here does so because attackers do.
 """
 
@@ -66,6 +66,7 @@ NETWORK = {
 
 READING = {
     "a file": "open('CANARY').read()\nprint('breached')",
+    "the tests": "open('ITSELF').read()\nprint('breached')",
     "its folder": "import os\nos.listdir(os.path.dirname('CANARY'))\nprint('breached')",
     "home": "import os\nos.listdir('HOME')\nprint('breached')",
     "temporary folder": "import os\nos.listdir('/tmp')\nprint('breached')",

@@ -19,6 +19,7 @@ from or1_megatron.reward.isolation import adopt_orphans
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
 from or1_megatron.types import Verdict
+from tests.unit.reward import attack_programs
 from tests.unit.reward.attack_programs import EXHAUST, FORGE, HARM, HARMLESS, LEAVING, TESTS
 
 # What does harm does it at once, and must not pass for slow on a busy machine; what exhausts takes all it is given.
@@ -61,14 +62,19 @@ def places(tmp_path: Path) -> Iterator[dict[str, str]]:
     canary.write_text("sings = True\n")
     mode, when = canary.stat().st_mode, canary.stat().st_mtime
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield {
-            "CANARY": str(canary),
-            "HOME": str(Path.home()),
-            "PORT": str(listener.getsockname()[1]),
-            "PARENT": str(psutil.Process().pid),
-        }
+        yield words_for(canary, listener)
     assert [canary] == list(tmp_path.iterdir())
     assert (canary.read_text(), canary.stat().st_mode, canary.stat().st_mtime) == ("sings = True\n", mode, when)
+
+
+def words_for(canary: Path, listener: socket.socket) -> dict[str, str]:
+    return {
+        "CANARY": str(canary),
+        "HOME": str(Path.home()),
+        "ITSELF": attack_programs.__file__,
+        "PORT": str(listener.getsockname()[1]),
+        "PARENT": str(psutil.Process().pid),
+    }
 
 
 def solve(service: RewardService, code: str, tests: str) -> Verdict:
@@ -89,8 +95,7 @@ def test_the_harm_is_real(tmp_path: Path) -> None:
     """Outside the sandbox the same programs do reach what they want."""
     canary = tmp_path / "canary"
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = str(listener.getsockname()[1])
-        words = {"CANARY": str(canary), "HOME": str(Path.home()), "PORT": port, "PARENT": str(psutil.Process().pid)}
+        words = words_for(canary, listener)
         kinds = {kind: HARM[kind] for kind in ("processes", "network", "reading", "writing")}
         for kind, name in all_of(kinds):
             canary.write_text("sings = True\n")

@@ -1,0 +1,120 @@
+"""`or1 verify` as a user meets it: scores, judgements, bad rows, the table of the comparison, killable verifiers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import psutil
+import pytest
+
+from or1_megatron import cli, verify
+from or1_megatron.reward.named import NAMED
+from or1_megatron.reward.problem import Task
+from or1_megatron.verify import Column, Killable, Row
+
+ROWS = [
+    {"response": "<think>9</think>\\boxed{8}", "ground_truth": "8", "correct": True, "difficulty": 0},
+    {"response": "\\boxed{7}", "ground_truth": ["8", "9"], "correct": False, "difficulty": 3},
+    {"response": "\\boxed{\\frac{2}{4}}", "reward_model": {"ground_truth": "0.5"}, "correct": True, "difficulty": 3},
+    {"response": "none", "ground_truth": 8, "correct": False, "difficulty": 3},
+    {"response": "\\boxed{1\\text{ m}}", "ground_truth": "1\\text{ km}", "correct": False, "difficulty": 8},
+]
+CODE = {"response": "```python\nprint(1)\n```", "ground_truth": '{"inputs": [""], "outputs": ["1"]}'}
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def test_scores_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, out = write(tmp_path / "rows.jsonl", [*ROWS, CODE]), tmp_path / "out.jsonl"
+    assert cli.main(["verify", file, "--out", str(out), "--workers", "1", "--require-isolation", "rlimits"]) == 0
+    names = [json.loads(line)["verdict"] for line in out.read_text().splitlines()]
+    assert names == ["correct", "wrong", "correct", "unparsable", "correct", "correct"]
+    text = capsys.readouterr().out
+    assert "isolation of tested code: " in text
+    assert "against 5 judgements by hand: 1 wrong answers accepted, 0 right ones refused" in text
+
+
+def test_parquet_is_read_like_lines(tmp_path: Path) -> None:
+    from pyarrow import Table, parquet
+
+    parquet.write_table(Table.from_pylist([{**row, "ground_truth": "8"} for row in ROWS]), tmp_path / "rows.parquet")
+    rows = verify.read_rows(tmp_path / "rows.parquet")
+    assert [(row.task.response, row.correct, row.difficulty) for row in rows] == [
+        (row["response"], row["correct"], row["difficulty"]) for row in ROWS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("missing.jsonl", None, "does not exist"),
+        ("empty.jsonl", "\n", "holds no response"),
+        ("a.jsonl", '{"response": "x", "ground_truth": "1"}\n{"respons', ":2: not a JSON object"),
+        ("b.jsonl", '{"text": "x"}', ":1: no text under `response`"),
+        ("c.jsonl", '{"response": "x"}', ":1: `ground_truth` is None"),
+        ("d.jsonl", '{"response": "x", "ground_truth": {}}', ":1: `ground_truth` is {}"),
+        ("e.parquet", "x", "is no parquet file"),
+    ],
+)
+def test_bad_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str | None, words: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    assert cli.main(["verify", str(tmp_path / name)]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["verify", "x", "--workers", "0"]) == 2
+    assert cli.main(["verify", "x", "--require-isolation", "total"]) == 2
+    assert "use one of rlimits, partial, full, namespaces" in capsys.readouterr().err
+
+
+def test_table_and_disagreements() -> None:
+    rows = [Row(Task(str(i), ("7",)), i < 2, i % 2) for i in range(4)]
+    truth = [True, True, False, False]
+    columns = [
+        Column("a", ["correct", "wrong", "correct", "wrong"], 1.0),
+        Column("b", ["correct", "timeout", "correct", "error"], 1.0),
+    ]
+    assert verify.errors(columns[0], rows, truth) == (1, 1, 0)
+    assert verify.errors(columns[1], rows, truth) == (1, 0, 2)
+    assert verify.errors(columns[0], rows, truth, 1) == (0, 1, 0)
+    head, a, b = verify.table(columns, rows, truth).splitlines()[1:]
+    assert head.split()[-4:] == ["level", "0", "level", "1"]
+    assert a.split() == ["a", "1", "1", "0", "1.0", "1+0", "0+1"]
+    assert b.split() == ["b", "1", "0", "2", "1.0", "1+0", "0+0"]
+    columns[1].answers[0] = "wrong"
+    found = verify.disagreements(columns, rows, 20)
+    assert found.startswith("1 disagreements") and "accepted by a" in found
+
+
+def test_comparison_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, plot = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "plot.png"
+    words = ["verify", file, "--compare", "--peers", str(tmp_path / "none"), "--workers", "1", "--plot", str(plot)]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    for name, known in NAMED.items():
+        assert (f"{name}: not here; or1 verify --compare --install, or pip install" in text) == bool(known.packages)
+    rows = {line.split()[0]: line.split() for line in text.splitlines() if "+" in line}
+    assert rows["or1"][1:4] == ["1", "0", "0"] and rows["Math-Verify"][2:5] == ["1", "0", "0"]
+    assert plot.stat().st_size > 5000
+
+
+def test_a_stuck_verifier_is_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "DEADLINE_S", 1.0)
+    process = Killable("Math-Verify 0.9", tmp_path)
+    try:
+        assert process.ask("\\boxed{8}", ("8",)) == "correct"
+        assert process._process
+        first = process._process.pid
+        assert process.ask("\\boxed{9^{9^{9^{9}}}}", ("8",)) == "timeout"
+        assert not psutil.pid_exists(first)
+        assert process.ask("\\boxed{7}", ("8",)) == "wrong"
+    finally:
+        process.close()
