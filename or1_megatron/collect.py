@@ -50,7 +50,8 @@ def collect(config: Config, cluster: Cluster, rewards: RewardService, stream: Pr
             cluster, rewards, stream.take(missing), config.rollout.group_size, training_sampling(config), spans
         )
         rollout.generated += groups
-        rollout.kept += [group for group in groups if is_informative(group) or not config.loss.rejection]
+        mask = config.loss.advantage_mask
+        rollout.kept += [group for group in groups if is_informative(group, mask) or not config.loss.rejection]
         missing = refill_size(kept=len(rollout.kept), wanted=wanted, generated=len(rollout.generated), limit=limit)
     return rollout
 

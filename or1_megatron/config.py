@@ -112,13 +112,33 @@ class LossConfig:
         "pi_old: current (needs one optimizer step per rollout), recompute (actor pass), engine (as sampled)",
         ("current", "recompute", "engine"),
     )
-    rejection: bool = key(True, "drop groups whose rewards are all equal")
+    rejection: bool = key(True, "drop groups whose advantages are all zero: all rewards equal")
+    surrogate: str = key(
+        "clip", "policy term: clip (PPO's, of MAGIC and GRPO) or gradient (A log pi, vanilla policy gradient)",
+        ("clip", "gradient"),
+    )  # fmt: skip
+    mean_over: str = key(
+        "tokens", "the loss is the mean over all tokens (MAGIC, 3.1) or over responses of their own means (GRPO, 2.4)",
+        ("tokens", "responses"),
+    )  # fmt: skip
+    normalise_std: bool = key(True, "divide advantages by the group's standard deviation; false: Dr. GRPO")
+    advantage_mask: str = key(
+        "none", "truncated responses (3.2.3): none, before (not in mean and std, advantage 0), after (advantage 0)",
+        ("none", "before", "after"),
+    )  # fmt: skip
+    importance_cap: float = key(
+        0.0, "truncated importance sampling: cap of the weight pi_old / pi_engine of each token; 0: no weights"
+    )
+    kl_coefficient: float = key(0.0, "beta: weight of the k3 estimate of the KL divergence from the initial model")
 
 
 @dataclass
 class EntropyConfig:
     rule: str = key(
-        "paper", "controller of alpha_k: paper (3.2), fixed (alpha = initial), off", ("paper", "fixed", "off")
+        "paper",
+        "controller of alpha_k: paper (3.2), released (the published code's, one step late), fixed (alpha = initial), "
+        "off",
+        ("paper", "released", "fixed", "off"),
     )
     target: float = key(0.2, "tgt_ent, nats per token")
     delta: float = key(0.005, "step of c_k")

@@ -81,6 +81,10 @@ class Group:
     def rewards(self) -> list[float]:
         return [sample.reward for sample in self.samples]
 
+    @property
+    def truncated(self) -> list[bool]:
+        return [sample.truncated for sample in self.samples]
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -90,24 +94,33 @@ class Sequence:
     num_prompt_tokens: int
     advantage: float
     old_log_probs: tuple[float, ...] | None  # one per response token; None: use the current policy's (on-policy)
+    engine_log_probs: tuple[float, ...] | None = None  # as sampled; for importance weights
+    reference_log_probs: tuple[float, ...] | None = None  # for the KL term
+    weight: float = 1.0  # of each response token in the loss, above 0
+
+    @property
+    def num_response_tokens(self) -> int:
+        return len(self.tokens) - self.num_prompt_tokens
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """Sequences packed end to end (THD): never padded between sequences beyond the alignment.
 
-    Position t predicts labels_T[t], the next token of the same sequence; weights_T is 1 where that token is a
+    Position t predicts labels_T[t], the next token of the same sequence; weights_T is above 0 where that token is a
     response token and 0 elsewhere (prompt, last position, alignment padding).
     """
 
     tokens_T: torch.Tensor  # int64
     positions_T: torch.Tensor  # int64, restarts at 0 in each sequence
     labels_T: torch.Tensor  # int64
-    weights_T: torch.Tensor  # float32, 0 or 1
+    weights_T: torch.Tensor  # float32, 1 or what rl/loss.py calls w
     advantages_T: torch.Tensor  # float32
     old_log_probs_T: torch.Tensor | None  # float32; None: on-policy
     cu_seqlens: tuple[int, ...]  # S+1 offsets; cu_seqlens[-1] == T
     sequence_ids: tuple[int, ...]  # S indices into the list that was packed
+    engine_log_probs_T: torch.Tensor | None = None  # float32
+    reference_log_probs_T: torch.Tensor | None = None  # float32
 
     @property
     def num_tokens(self) -> int:
@@ -116,7 +129,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class TokenValues:
-    """Per token of one micro-batch, float32 on the host; meaningful where weights_T is 1."""
+    """Per token of one micro-batch, float32 on the host; meaningful where weights_T is above 0."""
 
     log_probs_T: np.ndarray
     entropy_T: np.ndarray

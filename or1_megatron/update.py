@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -32,43 +33,56 @@ class Updater:
         """N_SGD optimizer steps over the kept groups; the metrics of the step. Nothing kept: nothing done."""
         if not rollout.kept:
             return {"sgd_steps": 0}
-        advantages = {id(g): group_advantages(g.rewards) for g in rollout.kept}
-        old = self._old_log_probs(rollout.kept)
+        samples = [sample for group in rollout.kept for sample in group.samples]
+        engine = [np.array(sample.log_probs) for sample in samples]
+        sequences = self._sequences(rollout.kept)
         metrics: list[dict[str, float]] = []
-        mismatch: list[np.ndarray] = []
-        batch = self._config.mini_batch_size
+        current: list[np.ndarray] = []
+        bounds = mini_batches([len(group.samples) for group in rollout.kept], self._config.mini_batch_size)
         for reuse in range(self._config.loss.num_reuse):
-            for start in range(0, len(rollout.kept), batch):
-                groups = rollout.kept[start : start + batch]
-                samples = [sample for group in groups for sample in group.samples]
-                sequences = [
-                    _sequence(sample, advantage, old.get(id(sample)))
-                    for group in groups
-                    for sample, advantage in zip(group.samples, advantages[id(group)], strict=True)
-                ]
-                result, log_probs = self._optimizer_step(sequences, alpha, learning_rate)
+            for start, end in bounds:
+                chosen = weighted(sequences[start:end], self._config.loss.mean_over)
+                result, log_probs = self._optimizer_step(chosen, alpha, learning_rate)
                 metrics.append(result)
                 if reuse == 0 and start == 0:  # still the policy that the engines sampled from
-                    mismatch = [ours - np.array(s.log_probs) for ours, s in zip(log_probs, samples, strict=True)]
+                    current = log_probs
         merged = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
         merged |= {name: sum(m[name] for m in metrics) for name in ("tokens", "flops")}
-        return {**merged, **_mismatch_metrics(mismatch), "sgd_steps": len(metrics)}
+        return {**merged, **mismatch_metrics(current, engine[: len(current)]), "sgd_steps": len(metrics)}
 
-    def _old_log_probs(self, groups: list[Group]) -> dict[int, tuple[float, ...]]:
+    def _sequences(self, groups: list[Group]) -> list[Sequence]:
+        """One per sample, with its advantage and the log-probs that the loss needs."""
+        wanted = self._config.loss
         samples = [sample for group in groups for sample in group.samples]
-        source = self._config.loss.old_log_probs
-        if source == "current":
-            return {}
-        if source == "engine":
-            return {id(sample): tuple(sample.log_probs) for sample in samples}
-        with self._spans.span("old_log_probs"):
-            values = self._score([_sequence(sample, 0.0) for sample in samples], "log_probs_T")
-        return {id(sample): tuple(map(float, row)) for sample, row in zip(samples, values, strict=True)}
+        advantages = [
+            advantage
+            for group in groups
+            for advantage in group_advantages(
+                group.rewards, group.truncated, mask=wanted.advantage_mask, normalise_std=wanted.normalise_std
+            )
+        ]
+        bare = [_sequence(sample, advantage) for sample, advantage in zip(samples, advantages, strict=True)]
+        engine = [tuple(sample.log_probs) for sample in samples]
+        kinds: dict[str, list[tuple[float, ...]]] = {}
+        if wanted.old_log_probs == "engine":
+            kinds["old_log_probs"] = engine
+        elif wanted.old_log_probs == "recompute":
+            with self._spans.span("old_log_probs"):
+                kinds["old_log_probs"] = _tuples(self._score(bare, "log_probs_T"))
+        if wanted.importance_cap > 0:
+            kinds["engine_log_probs"] = engine
+        if wanted.kl_coefficient > 0:
+            with self._spans.span("reference_log_probs"):
+                kinds["reference_log_probs"] = _tuples(self._score(bare, "log_probs_T", reference=True))
+        return [
+            dataclasses.replace(sequence, **{name: rows[i] for name, rows in kinds.items()})
+            for i, sequence in enumerate(bare)
+        ]
 
     def _optimizer_step(
         self, sequences: list[Sequence], alpha: float, learning_rate: float
     ) -> tuple[dict[str, float], list[np.ndarray]]:
-        num_tokens = sum(len(s.tokens) - s.num_prompt_tokens for s in sequences)
+        num_tokens = sum(s.num_response_tokens for s in sequences)
         with self._spans.span("pack"):
             layout, batches = self._pack(sequences)
         with self._spans.span("update"):
@@ -100,9 +114,10 @@ class Updater:
         batches = [[pack(sequences, ids, alignment=alignment) for ids in rank] for rank in layout.micro_batches]
         return layout, batches
 
-    def _score(self, sequences: list[Sequence], quantity: str) -> list[np.ndarray]:
+    def _score(self, sequences: list[Sequence], quantity: str, *, reference: bool = False) -> list[np.ndarray]:
         _, batches = self._pack(sequences)
-        return _in_order(sequences, batches, self._cluster.log_probs(batches), quantity)
+        values = self._cluster.reference_log_probs(batches) if reference else self._cluster.log_probs(batches)
+        return _in_order(sequences, batches, values, quantity)
 
     def probe(self, tokens: list[int]) -> tuple[float, float]:
         """(mean, max) |engine - actor| log-prob of tokens[1:] over all engines, at temperature 1."""
@@ -117,8 +132,27 @@ class Updater:
         return float(max(gap.mean() for gap in gaps)), float(max(gap.max() for gap in gaps))
 
 
-def _sequence(sample: Sample, advantage: float, old: tuple[float, ...] | None = None) -> Sequence:
-    return Sequence((*sample.prompt.tokens, *sample.tokens), len(sample.prompt.tokens), advantage, old)
+def mini_batches(sizes: list[int], mini_batch_size: int) -> list[tuple[int, int]]:
+    """[start, end) of the samples of every mini_batch_size groups, whole groups; the last may have fewer."""
+    ends = [0, *itertools.accumulate(sizes)]
+    cuts = [*range(0, len(sizes), mini_batch_size), len(sizes)]
+    return [(ends[i], ends[j]) for i, j in itertools.pairwise(cuts)]
+
+
+def weighted(sequences: list[Sequence], mean_over: str) -> list[Sequence]:
+    """The sequences of one mini-batch with the weight of their tokens, see rl/loss.py: token weights add up to N."""
+    if mean_over == "tokens":
+        return sequences
+    share = sum(s.num_response_tokens for s in sequences) / len(sequences)
+    return [dataclasses.replace(s, weight=share / s.num_response_tokens) for s in sequences]
+
+
+def _tuples(rows: list[np.ndarray]) -> list[tuple[float, ...]]:
+    return [tuple(map(float, row)) for row in rows]
+
+
+def _sequence(sample: Sample, advantage: float) -> Sequence:
+    return Sequence((*sample.prompt.tokens, *sample.tokens), len(sample.prompt.tokens), advantage, None)
 
 
 def _in_order(
@@ -133,11 +167,17 @@ def _in_order(
     return rows
 
 
-def _mismatch_metrics(gaps: list[np.ndarray]) -> dict[str, float]:
-    """gaps: actor - engine log-prob per sequence. kl is k3 of engine against actor: exp(d) - d - 1."""
-    gap = np.concatenate(gaps)
+def mismatch_metrics(actor: list[np.ndarray], engine: list[np.ndarray]) -> dict[str, float]:
+    """Between log-probs of the same sampled tokens, per sequence.
+
+    kl: k3 estimate of KL(engine || actor), exp(d) - d - 1 with d = actor - engine. ess: effective share of the tokens
+    under the weights exp(d), (sum w)^2 / (n sum w^2), 1 when the two agree.
+    """
+    gap = np.concatenate(actor) - np.concatenate(engine)
+    weight = np.exp(gap)
     return {
         "mismatch/mean": float(np.abs(gap).mean()),
         "mismatch/max": float(np.abs(gap).max()),
-        "mismatch/kl": float((np.exp(gap) - gap - 1).mean()),
+        "mismatch/kl": float((weight - gap - 1).mean()),
+        "mismatch/ess": float(weight.sum() ** 2 / (len(weight) * (weight**2).sum())),
     }

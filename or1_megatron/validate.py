@@ -32,9 +32,14 @@ def validate(config: Config) -> None:
             f"loss.old_log_probs=current needs one optimizer step per rollout, but N_SGD={config.num_sgd_steps}; "
             "use recompute or engine"
         )
+    if loss.old_log_probs == "engine" and loss.importance_cap > 0:
+        raise UserError(
+            f"loss.importance_cap={loss.importance_cap} weighs by pi_old / pi_engine, which is 1 with "
+            "loss.old_log_probs=engine; use current or recompute, or importance_cap=0"
+        )
     _validate_parallel(config)
     entropy = config.entropy
-    if entropy.rule == "paper" and not entropy.min <= entropy.initial <= entropy.max:
+    if entropy.rule in ("paper", "released") and not entropy.min <= entropy.initial <= entropy.max:
         raise UserError(
             f"entropy.initial={entropy.initial} is outside [entropy.min, entropy.max]=[{entropy.min}, {entropy.max}]"
         )
@@ -76,9 +81,9 @@ _POSITIVE = (
 ).split()
 _NOT_NEGATIVE = (
     "save_interval parallel.token_budget rollout.max_response_length rollout.probe_interval "
-    "rollout.probe_tolerance loss.mini_batch_size loss.clip_low loss.clip_high optimizer.lr "
-    "optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad reward.max_failure_rate "
-    "evaluation.interval evaluation.temperature "
+    "rollout.probe_tolerance loss.mini_batch_size loss.clip_low loss.clip_high loss.importance_cap "
+    "loss.kl_coefficient optimizer.lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
+    "reward.max_failure_rate evaluation.interval evaluation.temperature "
 ).split()
 
 

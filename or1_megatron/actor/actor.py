@@ -74,6 +74,7 @@ class MegatronActor:
             "gradients": Offload(lambda: [buffer.grad_data for buffer in ddp.buffers], keep=False),
             "optimizer": Offload(lambda: checkpoint.state_tensors(self.optimizer), keep=True),
         }
+        self._reference = [p.detach().cpu().clone() for p in model.parameters()] if config.loss.kl_coefficient else None
         self._max_seqlen = (config.token_budget // config.alignment + 2) * config.alignment
 
     def _optimizer_config(self) -> OptimizerConfig:
@@ -102,6 +103,21 @@ class MegatronActor:
         with torch.no_grad():
             outputs: Any = self._schedule(micro_batches, score, forward_only=True)
         return [values for _, values in outputs] if self._reports else None
+
+    def reference_log_probs(self, micro_batches: list[MicroBatch]) -> list[TokenValues] | None:
+        """`log_probs` of the model at model.path, whose weights stay in host memory; with loss.kl_coefficient only."""
+        assert self._reference is not None
+        current = [parameter.detach().clone() for parameter in self._gpt.parameters()]
+        self._put(self._reference)
+        try:
+            return self.log_probs(micro_batches)
+        finally:
+            self._put(current)
+
+    def _put(self, values: list[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(self._gpt.parameters(), values, strict=True):
+                parameter.copy_(value)
 
     def update(
         self, micro_batches: list[MicroBatch], *, entropy_coefficient: float, num_tokens: int, lr: float
@@ -213,19 +229,24 @@ class MegatronActor:
         self, mine: MicroBatch, part: Part, output_1tX: torch.Tensor, *, entropy_coefficient: float, num_tokens: int
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         sums: dict[str, torch.Tensor] = {}
+        wanted = self.config.loss
 
         def token_loss(log_probs_c: torch.Tensor, entropy_c: torch.Tensor, rows: slice) -> torch.Tensor:
-            old_t = mine.old_log_probs_T
             terms = magic_loss(
                 log_probs_c,
-                None if old_t is None else old_t[rows],
+                _rows(mine.old_log_probs_T, rows),
                 mine.advantages_T[rows],
                 mine.weights_T[rows],
                 entropy_c,
                 entropy_coefficient=entropy_coefficient,
                 num_tokens=num_tokens,
-                clip_low=self.config.loss.clip_low,
-                clip_high=self.config.loss.clip_high,
+                clip_low=wanted.clip_low,
+                clip_high=wanted.clip_high,
+                surrogate=wanted.surrogate,
+                engine_log_probs_T=_rows(mine.engine_log_probs_T, rows),
+                importance_cap=wanted.importance_cap,
+                reference_log_probs_T=_rows(mine.reference_log_probs_T, rows),
+                kl_coefficient=wanted.kl_coefficient,
             )
             for name, value in {"loss": terms.loss.detach(), **terms.sums}.items():
                 sums[name] = sums[name] + value if name in sums else value.clone()
@@ -271,6 +292,10 @@ class MegatronActor:
     def load(self, directory: Path) -> None:
         """Restores what `save` wrote, at any degrees. Collective."""
         checkpoint.load(directory, self._gpt, self.optimizer, self.mesh)
+
+
+def _rows(values_t: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
+    return None if values_t is None else values_t[rows]
 
 
 def _take(batch: MicroBatch, part: Part) -> MicroBatch:

@@ -6,6 +6,7 @@ every rank has the same number of micro-batches (some may be empty); the plan de
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -105,33 +106,40 @@ def pack(sequences: Seq[Sequence], ids: Seq[int], *, alignment: int) -> MicroBat
     offsets = [0, *np.cumsum(stretches).tolist()]
     total = offsets[-1]
     tokens, labels = np.zeros(total, np.int64), np.zeros(total, np.int64)
-    weights, advantages, old = (np.zeros(total, np.float32) for _ in range(3))
+    weights, advantages = np.zeros(total, np.float32), np.zeros(total, np.float32)
     positions = np.concatenate([np.arange(length) for length in stretches])
-    off_policy = len(sequences) > 0 and sequences[0].old_log_probs is not None  # also of a pack of nothing
+    given = {name: np.zeros(total, np.float32) for name in _given(sequences)}
     for i, sequence, start in zip(ids, chosen, offsets, strict=False):
         length = len(sequence.tokens)
         assert 1 <= sequence.num_prompt_tokens <= length, sequence
         if sequence.num_prompt_tokens == length:
             raise UserError(f"sequence {i} has {length} prompt tokens and no response token; drop its sample")
-        assert (sequence.old_log_probs is not None) == off_policy, "old log-probs for all sequences or for none"
+        assert _given([sequence]) == list(given), "log-probs of one kind for all sequences or for none"
         predicts = slice(start + sequence.num_prompt_tokens - 1, start + length - 1)
         tokens[start : start + length] = sequence.tokens
         labels[start : start + length - 1] = sequence.tokens[1:]
-        weights[predicts] = 1.0
+        weights[predicts] = sequence.weight
         advantages[predicts] = sequence.advantage
-        if sequence.old_log_probs is not None:
-            assert len(sequence.old_log_probs) == length - sequence.num_prompt_tokens, sequence
-            old[predicts] = sequence.old_log_probs
-    return MicroBatch(
+        for name, values in given.items():
+            assert len(getattr(sequence, name)) == length - sequence.num_prompt_tokens, sequence
+            values[predicts] = getattr(sequence, name)
+    batch = MicroBatch(
         tokens_T=torch.from_numpy(tokens),
         positions_T=torch.from_numpy(positions),
         labels_T=torch.from_numpy(labels),
         weights_T=torch.from_numpy(weights),
         advantages_T=torch.from_numpy(advantages),
-        old_log_probs_T=torch.from_numpy(old) if off_policy else None,
+        old_log_probs_T=None,
         cu_seqlens=tuple(offsets),
         sequence_ids=tuple(ids),
     )
+    return dataclasses.replace(batch, **{f"{name}_T": torch.from_numpy(values) for name, values in given.items()})
+
+
+def _given(sequences: Seq[Sequence]) -> list[str]:
+    """Which log-probs the sequences come with: all the same, so that a pack of nothing has them too."""
+    kinds = ("old_log_probs", "engine_log_probs", "reference_log_probs")
+    return [name for name in kinds if sequences and getattr(sequences[0], name) is not None]
 
 
 def unpack_response_values(values_T: np.ndarray, batch: MicroBatch, sequences: Seq[Sequence]) -> list[np.ndarray]:

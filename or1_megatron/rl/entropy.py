@@ -1,25 +1,30 @@
 """Adaptive entropy control (3.2).
 
     c_0 = initial;  c_{k+1} = c_k + delta if e_k < target,  c_k - delta if e_k > target
-    alpha_k = c_k * 1{e_k <= target}
+    paper:     alpha_k = c_k * 1{e_k <= target}
+    released:  alpha_k = c_{k-1} * 1{e_{k-1} <= target},  alpha_0 = 0
 
-e_k is the actor's entropy estimated on the current rollout buffer, over all samples. c is clamped to
+e_k is the actor's entropy estimated on the current rollout buffer, over all samples of all ranks. c is clamped to
 [minimum, maximum]: with e_0 above the target the bare rule drives c below zero, and alpha would then punish entropy
-as soon as it falls under the target.
+as soon as it falls under the target. The released code's coefficient and gate are those of the step before; it takes
+the sampled tokens' -log pi for e_k, delta 1e-4 and the clamp [0, 0.005].
 """
 
 from __future__ import annotations
 
+RULES = ("paper", "released", "fixed", "off")
+
 
 class EntropyController:
-    """Rules: `paper` (above), `fixed` (alpha = initial, never clamped), `off` (alpha = 0)."""
+    """Rules: `paper`, `released` (above), `fixed` (alpha = initial, never clamped), `off` (alpha = 0)."""
 
     def __init__(self, *, rule: str, target: float, delta: float, initial: float, minimum: float, maximum: float):
-        assert rule in ("paper", "fixed", "off"), rule
+        assert rule in RULES, rule
         self._rule, self._target, self._delta = rule, target, delta
         self._minimum, self._maximum = minimum, maximum
         self._next = initial if rule == "fixed" else self._clamped(initial)
         self.coefficient = self._next  # c_k of the last call
+        self._lagging = 0.0  # what the paper's rule gave at the last call
 
     def alpha(self, e_k: float) -> float:
         """alpha_k for the measured entropy e_k; afterwards c moves on to c_{k+1}."""
@@ -31,13 +36,15 @@ class EntropyController:
         if e_k != self._target:
             step = self._delta if e_k < self._target else -self._delta
             self._next = self._clamped(self.coefficient + step)
-        return self.coefficient if e_k <= self._target else 0.0
+        lagging, self._lagging = self._lagging, self.coefficient if e_k <= self._target else 0.0
+        return lagging if self._rule == "released" else self._lagging
 
     def _clamped(self, coefficient: float) -> float:
         return min(max(coefficient, self._minimum), self._maximum)
 
     def state_dict(self) -> dict[str, float]:
-        return {"coefficient": self.coefficient, "next": self._next}
+        return {"coefficient": self.coefficient, "next": self._next, "lagging": self._lagging}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.coefficient, self._next = state["coefficient"], state["next"]
+        self._lagging = state["lagging"]

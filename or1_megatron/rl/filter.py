@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from or1_megatron.rl.advantage import group_advantages
 from or1_megatron.types import Group
 
 
-def is_informative(group: Group) -> bool:
-    """Whether any response of the group has a non-zero advantage."""
-    return max(group.rewards) != min(group.rewards)
+def is_informative(group: Group, mask: str = "none") -> bool:
+    """Whether any response of the group has a non-zero advantage under this mask for truncated responses."""
+    return any(group_advantages(group.rewards, group.truncated, mask=mask))
 
 
 def refill_size(*, kept: int, wanted: int, generated: int, limit: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,17 @@ def save_on_a_full_disk(rank: int, world_size: int, config: Config, directory: P
     except Exception as error:
         return repr(error)
     return ""
+
+
+def reference_after_a_step(
+    rank: int, world_size: int, config: Config, sequences: list[Sequence]
+) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor], dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+    """Log-probs: at the start, of the reference after one step, of the policy before and after asking for those."""
+    actor = MegatronActor(config, rank)
+    batches = my_batches(actor, sequences)
+    start = per_sequence(actor.log_probs(batches), batches, sequences)
+    asked = [replace(s, reference_log_probs=(0.0,) * s.num_response_tokens) for s in sequences]
+    actor.update(my_batches(actor, asked), entropy_coefficient=ALPHA, num_tokens=10, lr=LR)
+    before = per_sequence(actor.log_probs(batches), batches, sequences)
+    reference = per_sequence(actor.reference_log_probs(batches), batches, sequences)
+    return start, reference, before, per_sequence(actor.log_probs(batches), batches, sequences)

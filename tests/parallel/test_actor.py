@@ -223,3 +223,14 @@ def test_a_full_disk_while_saving_is_one_clear_error(models: dict, tmp_path: Pat
     said = run_ranks(2, ranks_actor.save_on_a_full_disk, config, tmp_path / "checkpoint")
     assert said[0].startswith("UserError") and "File too large" in said[0] and "\\n" not in said[0], said
     assert all(said)
+
+
+def test_the_reference_stays_the_initial_model(models: dict[str, Path]) -> None:
+    """The policy is lent the reference's weights for the pass and has its own again afterwards, bit for bit."""
+    config = make_config(models["llama"])
+    config.loss.kl_coefficient = 0.1
+    (found,) = run_ranks(1, ranks_actor.reference_after_a_step, config, make_sequences(320))
+    start, reference, before, after = found
+    assert all(torch.equal(reference[i], start[i]) for i in start)
+    assert all(torch.equal(before[i], after[i]) for i in start)
+    assert any(not torch.equal(before[i], start[i]) for i in start)

@@ -65,3 +65,27 @@ def test_resumed_controller_goes_on_as_if_never_stopped(saved_after: int):
     assert second.coefficient == first.coefficient
     resumed = [(second.alpha(entropy), second.coefficient) for entropy, _, _ in PAPER[saved_after:]]
     assert resumed == expected[saved_after:]
+
+
+def test_released_rule_is_the_papers_one_step_late():
+    controller, paper = make("released"), make()
+    entropies = [entropy for entropy, _, _ in PAPER]
+    late = [controller.alpha(entropy) for entropy in entropies]
+    assert late == [0.0, *[paper.alpha(entropy) for entropy in entropies][:-1]]
+    # by hand: the gate closes one step after the entropy has risen (0.25), and opens one step after it has fallen
+    assert late == pytest.approx([0, 0, 0, 0, 0.005, 0.010, 0.010, 0.0, 0.010])
+
+
+def test_released_settings_stay_within_their_clamp():
+    controller = make("released", delta=1e-4, maximum=0.005)
+    assert max(controller.alpha(0.1) for _ in range(100)) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize("saved_after", range(len(PAPER)))
+def test_resumed_released_controller_goes_on_as_if_never_stopped(saved_after: int):
+    straight, first, second = make("released"), make("released"), make("released")
+    expected = [straight.alpha(entropy) for entropy, _, _ in PAPER]
+    for entropy, _, _ in PAPER[:saved_after]:
+        first.alpha(entropy)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert [second.alpha(entropy) for entropy, _, _ in PAPER[saved_after:]] == expected[saved_after:]
