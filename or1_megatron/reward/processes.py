@@ -110,7 +110,7 @@ class WorkerProcess:
         self._cpu_at_start = 0.0
 
     def begin(self, job: Any, message: dict[str, Any]) -> None:
-        self.job, self.started = job, time.monotonic()
+        self.job, self.started, self._cpu_at_start = job, time.monotonic(), self._cpu()
         data = json.dumps(message).encode()
         self._unsent = memoryview(struct.pack("<I", len(data)) + data)
         self.flush()
@@ -154,8 +154,8 @@ class WorkerProcess:
         self.paused, self.started, self._cpu_at_start = False, time.monotonic(), self._cpu()
         self._signal(signal.SIGCONT)
 
-    def cpu_since_resume(self) -> float:
-        """Seconds; 0 while it was never paused."""
+    def cpu_spent(self) -> float:
+        """Seconds of CPU time on its job, since resume() where it was paused."""
         return self._cpu() - self._cpu_at_start
 
     def _signal(self, number: int) -> None:

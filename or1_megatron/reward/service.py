@@ -2,7 +2,7 @@
 
 A thread of the parent hands tasks to workers over sockets and keeps their deadlines. Invariants:
   - every submitted task gets exactly one verdict, whatever dies; verdicts do not depend on the order of tasks;
-  - a check that is stuck costs its own process only: once it has run for _PATIENCE_S while others wait, it is paused
+  - a stuck check costs its own process only: once it has computed for _PATIENCE_S while others wait, it is paused
     and a fresh worker takes its place; paused checks go on together when nothing waits; at the deadline: `timeout`;
   - a check that was paused is called `timeout` only after _FAIR_CPU_S of CPU time, because it then has company;
   - a worker that dies is replaced and its task tried again; after _ATTEMPTS the verdict is `infrastructure_error`,
@@ -32,7 +32,8 @@ from or1_megatron.reward.processes import Lost, Template, WorkerProcess
 from or1_megatron.reward.session import EXIT_MEMORY
 from or1_megatron.types import Sample, Verdict
 
-_PATIENCE_S = 0.05
+_PATIENCE_S = 0.05  # of CPU time too: on a busy machine an innocent check takes long
+_BLOCKED_S = 1.0
 _FAIR_CPU_S = 0.25
 _MAX_BACKGROUND = 32  # per worker: forks of one template, a few MB each unless the check itself grows
 _ATTEMPTS = 5
@@ -299,16 +300,16 @@ class RewardService:
             if worker.paused:
                 if not self._waiting or spent >= job.limit_s:
                     worker.resume()
-            elif spent >= job.limit_s and (not worker.in_background or worker.cpu_since_resume() >= _FAIR_CPU_S):
+            elif spent >= job.limit_s and (not worker.in_background or worker.cpu_spent() >= _FAIR_CPU_S):
                 worker.kill()
                 worker.job = None
                 self._remove(worker)
                 self._finish(job, "timeout", spent, f"after {spent:.1f} s")
             elif (
                 self._waiting
-                and spent >= _PATIENCE_S
                 and in_background < most
                 and not (worker.in_background or job.is_code)
+                and (spent >= _BLOCKED_S or (spent >= _PATIENCE_S and worker.cpu_spent() >= _PATIENCE_S))
             ):
                 worker.pause()
                 in_background += 1
