@@ -16,6 +16,8 @@ from typing import Any
 
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 2.0
+_FAIR_CPU_S = 0.25
+_MOST_LIMITS = 3
 _CLOCK_TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -153,6 +155,12 @@ class WorkerProcess:
         """Time spent counts from here."""
         self.paused, self.started, self._cpu_at_start = False, time.monotonic(), self._cpu()
         self._signal(signal.SIGCONT)
+
+    def is_out_of_time(self, limit_s: float) -> bool:
+        """In the background only after some CPU time too, but at most so many limits: it may never compute."""
+        spent = time.monotonic() - self.started
+        fair = not self.in_background or self.cpu_spent() >= _FAIR_CPU_S or spent >= _MOST_LIMITS * limit_s
+        return spent >= limit_s and fair
 
     def cpu_spent(self) -> float:
         """Seconds of CPU time on its job, since resume() where it was paused."""

@@ -4,7 +4,7 @@ A thread of the parent hands tasks to workers over sockets and keeps their deadl
   - every submitted task gets exactly one verdict, whatever dies; verdicts do not depend on the order of tasks;
   - a stuck check costs its own process only: once it has computed for _PATIENCE_S while others wait, it is paused
     and a fresh worker takes its place; paused checks go on together when nothing waits; at the deadline: `timeout`;
-  - a check that was paused is called `timeout` only after _FAIR_CPU_S of CPU time, because it then has company;
+  - a check that was paused has company when it goes on, and gets more time (WorkerProcess.is_out_of_time);
   - a worker that dies is replaced and its task tried again; after _ATTEMPTS the verdict is `infrastructure_error`,
     which has no reward. A task that crashes its worker twice by itself (a stack overflow in C) gets `memory`;
   - submit() waits while max_queued tasks wait.
@@ -34,7 +34,6 @@ from or1_megatron.types import Sample, Verdict
 
 _PATIENCE_S = 0.05  # of CPU time too: on a busy machine an innocent check takes long
 _BLOCKED_S = 1.0
-_FAIR_CPU_S = 0.25
 _MAX_BACKGROUND = 32  # per worker: forks of one template, a few MB each unless the check itself grows
 _ATTEMPTS = 5
 _FAILED_STARTS = 30  # in a row; a template counts for ten workers
@@ -300,7 +299,7 @@ class RewardService:
             if worker.paused:
                 if not self._waiting or spent >= job.limit_s:
                     worker.resume()
-            elif spent >= job.limit_s and (not worker.in_background or worker.cpu_spent() >= _FAIR_CPU_S):
+            elif worker.is_out_of_time(job.limit_s):
                 worker.kill()
                 worker.job = None
                 self._remove(worker)
