@@ -104,7 +104,11 @@ def release_memory() -> None:
     """Hands memory that the allocator keeps for reuse back to the device, or to the machine."""
     if has_cuda():
         torch.cuda.empty_cache()
-        return
+    trim_host_memory()
+
+
+def trim_host_memory() -> None:
+    """Hands freed host memory back to the machine: without a GPU, ranks and engines share it."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries have none
     if trim is not None:
         trim(0)

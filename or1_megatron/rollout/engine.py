@@ -131,6 +131,7 @@ class Engine:
             if self._tied:
                 self._llm.apply_model(_repack_tied_head)
         self._llm.reset_prefix_cache()
+        device.trim_host_memory()
         self.weight_version = version
         torch.manual_seed(self.spec.seed * 1_000_003 + version)
 
