@@ -72,10 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train from a recipe, or go on with an earlier run",
-        usage="or1 train RECIPE [key=value ...]\n       or1 train --resume DIR [key=value ...]",
+        usage="or1 train RECIPE [--dry-run] [key=value ...]\n       or1 train --resume DIR [key=value ...]",
         shows_keys=True,
     )
     train.add_argument("--resume", metavar="DIR", type=Path, help="run folder of the run to go on with")
+    train.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
     train.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="recipe file, then overrides")
     evaluate = commands.add_parser(
         "eval", help="evaluate the model of a recipe", usage="or1 eval RECIPE [key=value ...]"
@@ -145,6 +146,11 @@ def _train(options: argparse.Namespace) -> int:
         from or1_megatron.runfolder import RunFolder
 
         config = load(RunFolder.open(options.resume).path / "config.yaml", options.words)
+    if options.dry_run:
+        from or1_megatron.dryrun import plan_lines
+
+        print("\n".join(plan_lines(config)))
+        return 0
     from or1_megatron.train import train
 
     return train(config, resume=options.resume)
@@ -231,9 +237,20 @@ COMMANDS = {
 }
 
 
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """argparse takes no further words behind an option that follows the first ones: RECIPE --dry-run key=value."""
+    parser = build_parser()
+    options, behind = parser.parse_known_args(arguments)
+    if behind and (options.command not in ("train", "eval") or any(word.startswith("-") for word in behind)):
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
+    if behind:
+        options.words += behind
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
-    options = build_parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return COMMANDS[options.command](options)
     except UserError as error:

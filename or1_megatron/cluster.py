@@ -229,10 +229,12 @@ class Cluster:
         self._enter(Phase.SCORE)
         return self._reports(lambda rank, mine: rank.call.remote("log_probs", mine, temperature=temperature), batches)
 
-    def reference_log_probs(self, batches: list[list[MicroBatch]]) -> list[list[TokenValues]]:
+    def reference_log_probs(self, batches: list[list[MicroBatch]], temperature: float) -> list[list[TokenValues]]:
         """As `log_probs`, of the model at model.path."""
         self._enter(Phase.SCORE)
-        return self._reports(lambda rank, mine: rank.call.remote("reference_log_probs", mine), batches)
+        return self._reports(
+            lambda rank, mine: rank.call.remote("reference_log_probs", mine, temperature=temperature), batches
+        )
 
     def update(self, batches: list[list[MicroBatch]], **settings: Any) -> list[UpdateResult]:
         """One optimizer step; per replica its result. See MegatronActor.update."""

@@ -36,6 +36,7 @@ def training_sampling(config: Config) -> SamplingSpec:
         top_p=rollout.top_p,
         max_response_length=rollout.max_response_length,
         stop=tuple(rollout.stop),
+        context_length=rollout.context_length,
     )
 
 

@@ -143,6 +143,7 @@ class EntropyConfig:
     target: float = key(0.2, "tgt_ent, nats per token")
     delta: float = key(0.005, "step of c_k")
     initial: float = key(0.0, "c_0")
+    at_stage: str = key("carry", "the controller's state at a stage start: carry or reset", ("carry", "reset"))
     min: float = key(0.0, "lower clamp of c_k")
     max: float = key(1.0, "upper clamp of c_k")
     signal: str = key(
@@ -197,6 +198,21 @@ class EvalConfig:
 
 
 @dataclass
+class StageConfig:
+    """One row of a stage table (Tables 10 to 12). 0: as in the rest of the configuration."""
+
+    until: int = MISSING  # last training step of the stage
+    context_length: int = 0  # T
+    rollout_batch_size: int = 0  # D_R
+    mini_batch_size: int = 0  # D_T
+    group_size: int = 0  # gs
+    token_budget: int = 0  # of a packed micro-batch
+    max_response_length: int = 0
+    temperature: float = 0.0  # tau
+    patience: int = 0  # ends earlier when the mean reward of so many steps is not above that of as many before them
+
+
+@dataclass
 class Config:
     name: str = key("run", "name of the run: first word of its last line, part of the run folder's name")
     runs_dir: str = key("runs", "where run folders are made")
@@ -205,6 +221,16 @@ class Config:
     seed: int = key(0, "seed of sampling and of every rank's generator")
     save_interval: int = key(0, "checkpoint every k steps; 0: only at the end")
     keep_checkpoints: int = key(2, "newest checkpoints kept")
+    keep_every: int = key(0, "checkpoints after every k-th step are kept for good; 0: none")
+    stages: list[StageConfig] = key(
+        [],
+        "stage table: rows of until (last step), context_length, rollout_batch_size, mini_batch_size, group_size, "
+        "token_budget, max_response_length, temperature, patience (steps without gain that end it); what a row leaves "
+        "out is as elsewhere",
+    )
+    drop_solved: bool = key(
+        False, "at each stage start, drop the problems that the stage before answered correctly every time (3.1)"
+    )
     wandb: str = key("", "Weights & Biases project that also gets the metrics (extra `wandb`); empty: none")
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -215,6 +241,34 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+    def in_stage(self, index: int) -> Config:
+        """The configuration of one stage, without a table of its own; index 0 of no stages is the whole run."""
+        if not self.stages:
+            return self
+        stage = self.stages[index]
+        return dataclasses.replace(
+            self,
+            stages=[],
+            rollout=_with(self.rollout, stage, _ROLLOUT_KEYS_OF_A_STAGE),
+            loss=_with(self.loss, stage, ("mini_batch_size",)),
+            parallel=_with(self.parallel, stage, ("token_budget",)),
+        )
+
+    def all_stages(self) -> list[Config]:
+        return [self.in_stage(index) for index in range(max(1, len(self.stages)))]
+
+    def widest(self) -> Config:
+        """What engines and actor are built for: the largest context and token budget of all stages."""
+        stages = self.all_stages()
+        return dataclasses.replace(
+            self,
+            stages=[],
+            rollout=dataclasses.replace(
+                self.rollout, context_length=max(stage.rollout.context_length for stage in stages)
+            ),
+            parallel=dataclasses.replace(self.parallel, token_budget=max(stage.token_budget for stage in stages)),
+        )
 
     @property
     def mini_batch_size(self) -> int:
@@ -258,6 +312,15 @@ class Config:
     def probe_tolerance(self) -> float:
         exact = self.model.dtype == "fp32" and self.engine_dtype == "fp32"
         return self.rollout.probe_tolerance or (1e-3 if exact else 0.1)
+
+
+_ROLLOUT_KEYS_OF_A_STAGE = (
+    "context_length", "rollout_batch_size", "group_size", "max_response_length", "temperature",
+)  # fmt: skip
+
+
+def _with(section: Any, stage: StageConfig, names: tuple[str, ...]) -> Any:
+    return dataclasses.replace(section, **{name: getattr(stage, name) for name in names if getattr(stage, name)})
 
 
 @dataclass(frozen=True)

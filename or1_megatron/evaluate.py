@@ -92,6 +92,7 @@ def evaluation_line(name: str, evaluator: Evaluator, steps: int, minutes: float,
 
 def evaluate(config: Config) -> int:
     """`or1 eval`: the model at model.path on evaluation.files; prints one line per metric."""
+    config = config.widest()
     if not config.evaluation.files:
         raise UserError("evaluation.files is empty; name the problem files to evaluate on")
     architecture = read_architecture(config.model.path)

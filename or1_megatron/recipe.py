@@ -16,8 +16,17 @@ from or1_megatron.validate import validate
 
 
 def load(recipe: str | Path, overrides: list[str] | None = None) -> Config:
-    """Recipe file + `key=value` overrides -> validated Config. Raises UserError, one line each."""
-    path = Path(recipe)
+    """Recipe file + `key=value` overrides -> validated Config. Raises UserError, one line each.
+
+    A recipe may name another one, relative to its own place, as `inherits`: what it says itself goes over that.
+    """
+    return from_tree([*_layers(Path(recipe), ()), *[_override_tree(text) for text in overrides or []]])
+
+
+def _layers(path: Path, inheriting: tuple[Path, ...]) -> list[tuple[str, dict]]:
+    """(origin, tree) of the recipe and of those it inherits from, the farthest first."""
+    if path.resolve() in inheriting:
+        raise UserError(f"recipe {path} inherits from itself: {' -> '.join(map(str, (*inheriting, path.resolve())))}")
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/")
     try:
@@ -26,7 +35,11 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of configuration keys")
-    return from_tree([(str(path), tree), *[_override_tree(text) for text in overrides or []]])
+    parent = tree.pop("inherits", None)
+    if parent is not None and not isinstance(parent, str):
+        raise UserError(f"recipe {path}: inherits={parent!r} must be the name of one recipe file")
+    above = _layers(path.parent / parent, (*inheriting, path.resolve())) if parent else []
+    return [*above, (str(path), tree)]
 
 
 def from_tree(layers: list[tuple[str, dict]]) -> Config:

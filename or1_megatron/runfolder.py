@@ -7,6 +7,7 @@
     tensorboard/     the same numbers as scalars
     checkpoints/     logs/
     rollouts/        step-000001.parquet: every response of the step
+    history/         step-000001.parquet: responses and correct ones per group of the step, before rejection
 
 A file is written under a temporary name, synced and renamed, so no reader ever finds half of one. Only
 metrics.jsonl grows in place; `rewind` drops the torn last line that a crash may leave there.
@@ -69,7 +70,8 @@ class RunFolder:
         self.logs = path / "logs"
         self.checkpoints = path / "checkpoints"
         self.rollouts = path / "rollouts"
-        for folder in (self.logs, self.checkpoints, self.rollouts):
+        self.history = path / "history"
+        for folder in (self.logs, self.checkpoints, self.rollouts, self.history):
             folder.mkdir(exist_ok=True)
         self._metrics = path / "metrics.jsonl"
         self._first_step: int | None = None
@@ -172,6 +174,34 @@ class RunFolder:
         with _published(path) as temporary:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_rollout_schema()), temporary)
         return path
+
+    def save_history(self, step: int, groups: list[Group]) -> None:
+        """Writes the correctness of every group of the step, dropped or not: what the online filter reads."""
+        import pyarrow
+        import pyarrow.parquet
+
+        columns = {
+            "step": [step] * len(groups),
+            "uid": [group.prompt.uid for group in groups],
+            "responses": [len(group.samples) for group in groups],
+            "correct": [sum(sample.verdict == "correct" for sample in group.samples) for group in groups],
+            "truncated": [sum(group.truncated) for group in groups],
+        }
+        with _published(self.history / f"step-{step:06d}.parquet") as temporary:
+            pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
+
+    def read_history(self, first: int, last: int) -> list[tuple[str, int, int]]:
+        """(uid, responses, correct) of every group of the steps first..last. Raises UserError when a file is gone."""
+        import pyarrow.parquet
+
+        rows = []
+        for step in range(first, last + 1):
+            path = self.history / f"step-{step:06d}.parquet"
+            if not path.is_file():
+                raise UserError(f"{path} is gone, without which solved problems are not known; set drop_solved=false")
+            table = pyarrow.parquet.read_table(path, columns=["uid", "responses", "correct"])
+            rows += list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+        return rows
 
     def close(self) -> None:
         if self._tensorboard:

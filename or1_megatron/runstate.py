@@ -23,10 +23,14 @@ class RunState:
     step: int
     stream: dict[str, int]
     entropy: dict[str, float]
+    stage: dict[str, Any]
     model: dict[str, Any]  # the architecture, to refuse another one on resume
+    group_sizes: list[int]  # of all stages, likewise
 
 
-def save(directory: Path, state: RunState, cluster: Cluster, architecture: Architecture, keep: int) -> Path:
+def save(
+    directory: Path, state: RunState, cluster: Cluster, architecture: Architecture, *, keep: int, keep_every: int
+) -> Path:
     """Writes checkpoints/step-NNNNNN under a temporary name, renames it when complete, prunes older ones.
 
     Raises UserError before writing anything when the disk cannot hold it.
@@ -54,9 +58,14 @@ def save(directory: Path, state: RunState, cluster: Cluster, architecture: Archi
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in completed(directory)[:-keep]:
+    for old in outdated(completed(directory), keep=keep, keep_every=keep_every):
         shutil.rmtree(old)
     return final
+
+
+def outdated(checkpoints: list[Path], *, keep: int, keep_every: int) -> list[Path]:
+    """Those to delete: older than the newest `keep`, and not after a multiple of keep_every steps (0: no such)."""
+    return [path for path in checkpoints[:-keep] if not keep_every or int(path.name.removeprefix("step-")) % keep_every]
 
 
 def completed(directory: Path) -> list[Path]:
@@ -64,8 +73,8 @@ def completed(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("step-*") if (path / _DRIVER_FILE).is_file())
 
 
-def restore(directory: Path, cluster: Cluster, architecture: Architecture) -> RunState:
-    """Loads the newest complete checkpoint into the actor. Raises UserError: none there, or of another model."""
+def newest(directory: Path, architecture: Architecture, group_sizes: list[int]) -> tuple[Path, RunState]:
+    """The newest complete checkpoint. Raises UserError: none there, or of another model or group size."""
     found = completed(directory)
     if not found:
         raise UserError(f"{directory} holds no complete checkpoint; the run cannot be resumed, start it anew")
@@ -73,5 +82,16 @@ def restore(directory: Path, cluster: Cluster, architecture: Architecture) -> Ru
     if state.model != asdict(architecture):
         differing = [key for key, value in asdict(architecture).items() if state.model.get(key) != value]
         raise UserError(f"{found[-1]} was made with another model: {', '.join(differing)} differ from model.path")
-    cluster.load(found[-1] / "actor")
+    if any(old != new for old, new in zip(state.group_sizes, group_sizes, strict=False)):
+        raise UserError(
+            f"{found[-1]} was made with rollout.group_size={state.group_sizes}, now it is {group_sizes} (one per "
+            "stage); resume with the same"
+        )
+    return found[-1], state
+
+
+def restore(directory: Path, cluster: Cluster, architecture: Architecture, group_sizes: list[int]) -> RunState:
+    """Loads the `newest` checkpoint into the actor."""
+    path, state = newest(directory, architecture, group_sizes)
+    cluster.load(path / "actor")
     return state

@@ -25,6 +25,7 @@ from or1_megatron.profiling.spans import Spans
 from or1_megatron.reward.preflight import check_rewards
 from or1_megatron.reward.service import RewardService
 from or1_megatron.rl.entropy import EntropyController
+from or1_megatron.rl.stages import Stages, solved
 from or1_megatron.runfolder import RunFolder
 from or1_megatron.runstate import RunState
 from or1_megatron.types import Prompt
@@ -36,12 +37,14 @@ def train(config: Config, resume: Path | None = None) -> int:
     architecture, prompts, held_out = check_inputs(config)
     isolation = check_rewards(config.reward, prompts + held_out)
     folder = RunFolder.open(resume) if resume else RunFolder.create(config)
+    if resume:
+        runstate.newest(folder.checkpoints, architecture, group_sizes(config))  # refuses before a process is started
     stop = _Stop()
     with (
         stop.installed(),
         Display(config.steps, config.name) as display,
         RewardService(config.reward, folder.logs) as rewards,
-        _starting(display, config, folder) as cluster,
+        _starting(display, config.widest(), folder) as cluster,
     ):
         cluster.stop_requested = lambda: stop.requested
         if isolation:
@@ -68,18 +71,18 @@ def magic(run: Run) -> None:
     config, spans, display = run.config, run.spans, run.display
     for step in range(run.state.step + 1, config.steps + 1):
         with spans.span("step"):
+            stage = run.enter(step)
             metrics = run.sync(step - 1)
             metrics |= run.evaluator.run_if_due(step - 1, display)
             display.phase("rollout")
-            rollout = collect(config, run.cluster, run.rewards, run.stream, spans)
+            rollout = collect(stage, run.cluster, run.rewards, run.stream, spans)
             display.phase("update")
             e_k = run.entropy(rollout)
             alpha = run.controller.alpha(e_k)
             metrics |= run.updater.step(rollout, alpha=alpha, learning_rate=learning_rate(config, step))
-        run.state = run.state_after(step)
+        metrics |= rollout_metrics(rollout) | run.finish(step, rollout)
         if step == config.steps or run.stop.requested or (config.save_interval and step % config.save_interval == 0):
             run.save()
-        metrics |= rollout_metrics(rollout)
         metrics |= {"entropy/signal": e_k, "entropy/c": run.controller.coefficient, "entropy/alpha": alpha}
         run.record(step, metrics, rollout)
         if run.stop.requested:
@@ -108,6 +111,7 @@ class Run:
         self.cluster, self.rewards, self.display, self.stop = cluster, rewards, display, stop
         self.spans = Spans()
         self.stream = PromptStream(prompts, config.data.seed)
+        self.stages = Stages(config)
         self.controller = entropy_controller(config)
         self.updater = Updater(config, architecture, cluster, self.spans)
         self.evaluator = Evaluator(config, cluster, rewards, held_out, self.spans)
@@ -116,11 +120,49 @@ class Run:
         self._probe_tokens = list(prompts[0].tokens[:256])
 
     def state_after(self, step: int) -> RunState:
-        return RunState(step, self.stream.state_dict(), self.controller.state_dict(), asdict(self.architecture))
+        return RunState(
+            step=step,
+            stream=self.stream.state_dict(),
+            entropy=self.controller.state_dict(),
+            stage=self.stages.state_dict(),
+            model=asdict(self.architecture),
+            group_sizes=group_sizes(self.config),
+        )
+
+    def enter(self, step: int) -> Config:
+        """The configuration of the stage that `step` belongs to; at its first step also what a stage start does."""
+        before = self.stages.first_step
+        if self.stages.moves_on(step):
+            if self.config.drop_solved:
+                newly = solved(self.folder.read_history(before, step - 1))
+                self.stages.dropped = sorted({*self.stages.dropped, *newly})
+                self.stream.drop(self.stages.dropped)
+                self.display.message(f"{len(newly)} problems solved in the stage before are dropped")
+            if self.config.entropy.at_stage == "reset":
+                self.controller = entropy_controller(self.config)
+            self.display.message(self.stages.describe())
+        self.updater.config = self.stages.config
+        return self.stages.config
+
+    def finish(self, step: int, rollout: Rollout) -> dict[str, float]:
+        """Takes note of a completed step: history, stage and the state that a checkpoint holds."""
+        self.folder.save_history(step, rollout.generated)
+        samples = rollout.samples
+        counts = self.stages.record(
+            sum(sample.reward for sample in samples) / len(samples),
+            responses=len(samples),
+            truncated=sum(sample.truncated for sample in samples),
+        )
+        self.state = self.state_after(step)
+        return counts
 
     def restore(self) -> None:
         """Continues from the folder's newest complete checkpoint."""
-        self.state = runstate.restore(self.folder.checkpoints, self.cluster, self.architecture)
+        self.state = runstate.restore(
+            self.folder.checkpoints, self.cluster, self.architecture, group_sizes(self.config)
+        )
+        self.stages.load_state_dict(self.state.stage)
+        self.stream.drop(self.stages.dropped)
         self.stream.load_state_dict(self.state.stream)
         self.controller.load_state_dict(self.state.entropy)
         self.folder.rewind(self.state.step)
@@ -129,9 +171,11 @@ class Run:
 
     def save(self) -> Path:
         self.display.phase("saving")
-        keep = self.config.keep_checkpoints
+        keep, keep_every = self.config.keep_checkpoints, self.config.keep_every
         with self.spans.span("save"):
-            return runstate.save(self.folder.checkpoints, self.state, self.cluster, self.architecture, keep)
+            return runstate.save(
+                self.folder.checkpoints, self.state, self.cluster, self.architecture, keep=keep, keep_every=keep_every
+            )
 
     def sync(self, completed: int) -> dict[str, float]:
         """Pushes the weights after `completed` steps to the engines and probes them.
@@ -175,9 +219,10 @@ def check_inputs(config: Config) -> tuple[Architecture, list[Prompt], list[Promp
     """Everything that can be refused before a process is started. Raises UserError."""
     architecture = read_architecture(config.model.path)
     check_degrees(architecture, tp=config.parallel.tp, pp=config.parallel.pp)
-    if config.rollout.context_length > architecture.max_positions:
+    contexts = [stage.rollout.context_length for stage in config.all_stages()]
+    if max(contexts) > architecture.max_positions:
         raise UserError(
-            f"rollout.context_length={config.rollout.context_length} is above the model's max_position_embeddings="
+            f"rollout.context_length={max(contexts)} is above the model's max_position_embeddings="
             f"{architecture.max_positions}; use at most that"
         )
     use_transformer_engine(config.model.transformer_impl)
@@ -188,7 +233,7 @@ def check_inputs(config: Config) -> tuple[Architecture, list[Prompt], list[Promp
     tokenizer = load_tokenizer(config.model.path, architecture)
     if not config.data.train:
         raise UserError("data.train is empty; name at least one problem file")
-    context, suffix = config.rollout.context_length, config.data.instruction_suffix
+    context, suffix = min(contexts), config.data.instruction_suffix
     prompts = load_prompts(config.data.train, tokenizer, context_length=context, instruction_suffix=suffix)
     held_out = load_prompts(config.evaluation.files, tokenizer, context_length=context, instruction_suffix=suffix)
     return architecture, prompts, held_out
@@ -211,6 +256,11 @@ def entropy_controller(config: Config) -> EntropyController:
         minimum=rule.min,
         maximum=rule.max,
     )
+
+
+def group_sizes(config: Config) -> list[int]:
+    """gs of every stage."""
+    return [stage.rollout.group_size for stage in config.all_stages()]
 
 
 def learning_rate(config: Config, step: int) -> float:

@@ -19,10 +19,10 @@ from or1_megatron.types import Group, MicroBatch, Sample, Sequence, TokenValues
 
 
 class Updater:
-    """Turns kept groups into optimizer steps on the cluster's actor."""
+    """Turns kept groups into optimizer steps on the cluster's actor. `config` is that of the running stage."""
 
     def __init__(self, config: Config, architecture: Architecture, cluster: Cluster, spans: Spans):
-        self._config, self._architecture, self._cluster, self._spans = config, architecture, cluster, spans
+        self.config, self._architecture, self._cluster, self._spans = config, architecture, cluster, spans
 
     def vocabulary_entropy(self, rollout: Rollout) -> float:
         """Full-vocabulary entropy of the actor over all sampled tokens of the rollout buffer, nats per token."""
@@ -38,10 +38,10 @@ class Updater:
         sequences = self._sequences(rollout.kept)
         metrics: list[dict[str, float]] = []
         current: list[np.ndarray] = []
-        bounds = mini_batches([len(group.samples) for group in rollout.kept], self._config.mini_batch_size)
-        for reuse in range(self._config.loss.num_reuse):
+        bounds = mini_batches([len(group.samples) for group in rollout.kept], self.config.mini_batch_size)
+        for reuse in range(self.config.loss.num_reuse):
             for start, end in bounds:
-                chosen = weighted(sequences[start:end], self._config.loss.mean_over)
+                chosen = weighted(sequences[start:end], self.config.loss.mean_over)
                 result, log_probs = self._optimizer_step(chosen, alpha, learning_rate)
                 metrics.append(result)
                 if reuse == 0 and start == 0:  # still the policy that the engines sampled from
@@ -52,7 +52,7 @@ class Updater:
 
     def _sequences(self, groups: list[Group]) -> list[Sequence]:
         """One per sample, with its advantage and the log-probs that the loss needs."""
-        wanted = self._config.loss
+        wanted = self.config.loss
         samples = [sample for group in groups for sample in group.samples]
         advantages = [
             advantage
@@ -86,7 +86,13 @@ class Updater:
         with self._spans.span("pack"):
             layout, batches = self._pack(sequences)
         with self._spans.span("update"):
-            results = self._cluster.update(batches, entropy_coefficient=alpha, num_tokens=num_tokens, lr=learning_rate)
+            results = self._cluster.update(
+                batches,
+                entropy_coefficient=alpha,
+                num_tokens=num_tokens,
+                lr=learning_rate,
+                temperature=self.config.rollout.temperature,
+            )
         names = results[0].sums
         totals = {name: sum(result.sums[name] for result in results) / num_tokens for name in names}
         log_probs = _in_order(sequences, batches, [result.values for result in results], "log_probs_T")
@@ -103,11 +109,11 @@ class Updater:
         }, log_probs
 
     def _pack(self, sequences: list[Sequence]) -> tuple[Plan, list[list[MicroBatch]]]:
-        alignment = self._config.alignment
+        alignment = self.config.alignment
         layout = plan(
             [len(sequence.tokens) for sequence in sequences],
-            num_ranks=self._config.dp,
-            token_budget=self._config.token_budget,
+            num_ranks=self.config.dp,
+            token_budget=self.config.token_budget,
             alignment=alignment,
             linear_work=self._architecture.linear_work,
         )
@@ -116,7 +122,8 @@ class Updater:
 
     def _score(self, sequences: list[Sequence], quantity: str, *, reference: bool = False) -> list[np.ndarray]:
         _, batches = self._pack(sequences)
-        values = self._cluster.reference_log_probs(batches) if reference else self._cluster.log_probs(batches)
+        score = self._cluster.reference_log_probs if reference else self._cluster.log_probs
+        values = score(batches, temperature=self.config.rollout.temperature)
         return _in_order(sequences, batches, values, quantity)
 
     def probe(self, tokens: list[int]) -> tuple[float, float]:
@@ -124,7 +131,7 @@ class Updater:
         sequence = Sequence(tuple(tokens), 1, 0.0, None)
         empty: list[int] = []
         batches = [
-            [pack([sequence], ids, alignment=self._config.alignment)] for ids in [[0], *[empty] * (self._config.dp - 1)]
+            [pack([sequence], ids, alignment=self.config.alignment)] for ids in [[0], *[empty] * (self.config.dp - 1)]
         ]
         values = self._cluster.log_probs(batches, temperature=1.0)
         actor = _in_order([sequence], batches, values, "log_probs_T")[0]

@@ -14,6 +14,9 @@ def divisors(number: int) -> str:
 
 def validate(config: Config) -> None:
     """Every rule that needs no file. Raises UserError naming the key, the value and the fix."""
+    if config.stages:
+        _validate_stages(config)
+        return
     for item in all_keys():
         value = _value(config, item.name)
         if item.choices and value not in item.choices:
@@ -49,6 +52,27 @@ def validate(config: Config) -> None:
         raise UserError(f"rollout.top_p={rollout.top_p} must be in (0, 1]")
 
 
+def _validate_stages(config: Config) -> None:
+    """The table's own rules, then those of every stage's configuration."""
+    ends = [stage.until for stage in config.stages]
+    for number, (before, end) in enumerate(zip([0, *ends], ends, strict=False), 1):
+        if end <= before:
+            raise UserError(
+                f"stages: stage {number} ends with until={end}, not after step {before}; steps must increase"
+            )
+    if config.steps > ends[-1]:
+        raise UserError(
+            f"steps={config.steps} is above until={ends[-1]} of the last stage; use at most that, or a later until"
+        )
+    if config.stages[-1].patience:
+        raise UserError("stages: the last stage has patience but no stage follows it; leave it out there")
+    for number in range(1, len(ends) + 1):
+        try:
+            validate(config.in_stage(number - 1))
+        except UserError as error:
+            raise UserError(f"stage {number}: {error}") from None
+
+
 def _validate_parallel(config: Config) -> None:
     parallel, longest = config.parallel, config.longest_sequence
     if parallel.num_ranks % (parallel.tp * parallel.pp * parallel.cp):
@@ -80,7 +104,7 @@ _POSITIVE = (
     "evaluation.num_samples "
 ).split()
 _NOT_NEGATIVE = (
-    "save_interval parallel.token_budget rollout.max_response_length rollout.probe_interval "
+    "save_interval keep_every parallel.token_budget rollout.max_response_length rollout.probe_interval "
     "rollout.probe_tolerance loss.mini_batch_size loss.clip_low loss.clip_high loss.importance_cap "
     "loss.kl_coefficient optimizer.lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
     "reward.max_failure_rate evaluation.interval evaluation.temperature "

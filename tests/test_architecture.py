@@ -19,7 +19,7 @@ RINGS = (
     ("parallel", "rl", "profiling"),
     ("actor", "rollout", "reward", "data"),
     ("cluster", "processes", "handover"),
-    ("train", "evaluate", "collect", "update", "runstate", "display", "runfolder", "doctor"),
+    ("train", "evaluate", "collect", "update", "runstate", "display", "runfolder", "doctor", "dryrun"),
     ("convert", "compare", "verify"),
     ("cli", "__main__"),
 )

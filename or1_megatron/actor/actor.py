@@ -104,13 +104,15 @@ class MegatronActor:
             outputs: Any = self._schedule(micro_batches, score, forward_only=True)
         return [values for _, values in outputs] if self._reports else None
 
-    def reference_log_probs(self, micro_batches: list[MicroBatch]) -> list[TokenValues] | None:
+    def reference_log_probs(
+        self, micro_batches: list[MicroBatch], *, temperature: float | None = None
+    ) -> list[TokenValues] | None:
         """`log_probs` of the model at model.path, whose weights stay in host memory; with loss.kl_coefficient only."""
         assert self._reference is not None
         current = [parameter.detach().clone() for parameter in self._gpt.parameters()]
         self._put(self._reference)
         try:
-            return self.log_probs(micro_batches)
+            return self.log_probs(micro_batches, temperature=temperature)
         finally:
             self._put(current)
 
@@ -120,16 +122,27 @@ class MegatronActor:
                 parameter.copy_(value)
 
     def update(
-        self, micro_batches: list[MicroBatch], *, entropy_coefficient: float, num_tokens: int, lr: float
+        self,
+        micro_batches: list[MicroBatch],
+        *,
+        entropy_coefficient: float,
+        num_tokens: int,
+        lr: float,
+        temperature: float | None = None,
     ) -> UpdateResult | None:
-        """One optimizer step on the MAGIC loss.
+        """One optimizer step on the MAGIC loss; temperature as in `log_probs`.
 
         num_tokens: N, response tokens of the whole mini-batch over all replicas and micro-batches.
         Raises RunFailure naming rank, sequence and token when a logit is NaN or infinite: no step is taken then.
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = partial(self._loss, entropy_coefficient=entropy_coefficient, num_tokens=num_tokens)
+        loss = partial(
+            self._loss,
+            entropy_coefficient=entropy_coefficient,
+            num_tokens=num_tokens,
+            temperature=temperature or self.config.rollout.temperature,
+        )
         outputs = self._schedule(micro_batches, loss, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -227,7 +240,14 @@ class MegatronActor:
         return output_1tX.new_zeros(()), torch.zeros((), dtype=torch.int, device=device()), ({}, values)
 
     def _loss(
-        self, mine: MicroBatch, part: Part, output_1tX: torch.Tensor, *, entropy_coefficient: float, num_tokens: int
+        self,
+        mine: MicroBatch,
+        part: Part,
+        output_1tX: torch.Tensor,
+        *,
+        entropy_coefficient: float,
+        num_tokens: int,
+        temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         sums: dict[str, torch.Tensor] = {}
         wanted = self.config.loss
@@ -253,7 +273,7 @@ class MegatronActor:
                 sums[name] = sums[name] + value if name in sums else value.clone()
             return terms.loss
 
-        shard = self._shard(self.config.rollout.temperature)
+        shard = self._shard(temperature)
         if self._fused_head:
             hidden_tH, weight_VH = head_inputs(self._gpt, output_1tX, self.mesh)
             grad_VH = weight_VH.main_grad  # type: ignore[attr-defined]  # of Megatron's DistributedDataParallel

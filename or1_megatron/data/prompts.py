@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +143,7 @@ class PromptStream:
         assert prompts
         self._prompts, self._seed = prompts, seed
         self._epoch, self._position = 0, 0
+        self._dropped: frozenset[str] = frozenset()
         self._order = self._draw()
 
     def _draw(self) -> list[int]:
@@ -151,15 +152,27 @@ class PromptStream:
         return order
 
     def take(self, count: int) -> list[Prompt]:
-        """The next `count` prompts; crosses into the next epoch when this one ends."""
+        """The next `count` prompts that are not dropped; crosses into the next epoch when this one ends."""
         taken = []
         while len(taken) < count:
             if self._position == len(self._order):
                 self._epoch, self._position = self._epoch + 1, 0
                 self._order = self._draw()
-            taken.append(self._prompts[self._order[self._position]])
+            prompt = self._prompts[self._order[self._position]]
+            if prompt.uid not in self._dropped:
+                taken.append(prompt)
             self._position += 1
         return taken
+
+    def drop(self, uids: Iterable[str]) -> None:
+        """From now on the problems `uids` are passed over. Raises UserError when none would be left."""
+        dropped = frozenset(uids)
+        if all(prompt.uid in dropped for prompt in self._prompts):
+            raise UserError(
+                f"all {len(self._prompts)} problems of data.train were solved and dropped; use harder ones, or "
+                "drop_solved=false"
+            )
+        self._dropped = dropped
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "position": self._position, "num_prompts": len(self._prompts)}

@@ -54,6 +54,7 @@ class SamplingSpec:
     top_p: float
     max_response_length: int  # tokens; 0: what the context leaves
     stop: tuple[str, ...] = ()  # strings that end a response
+    context_length: int = 0  # prompt + response limit, tokens, below the engine's; 0: the engine's
 
 
 class Engine:
@@ -160,7 +161,7 @@ class Engine:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        room = self.spec.context_length - len(prompt.tokens)
+        room = (sampling.context_length or self.spec.context_length) - len(prompt.tokens)
         assert room > 0, f"prompt {prompt.uid} has {len(prompt.tokens)} of {self.spec.context_length} tokens"
         return SamplingParams(
             n=group_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,8 +14,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 import yaml
+from pyarrow.parquet import read_table
+from safetensors.torch import load_file
 
+from or1_megatron.convert import megatron_to_hf
 from tests.tiny_models import write_tiny_model
 
 PROBLEMS = [("What is 3 + 4?", "7"), ("Name a prime.", "2"), ("2 + 2 =", "4"), ("Half of 18?", "9"), ("1 + 0 =", "1")]
@@ -160,6 +165,38 @@ def test_off_policy_and_resume(workplace: Path) -> None:
     assert "resumed after step 2" in output
     steps = [row["step"] for row in metrics(run) if "loss" in row]
     assert steps == [1, 2, 3]
+    nothing_left(workplace)
+
+
+def test_two_stages_and_a_bitwise_resume(workplace: Path) -> None:
+    """Four steps over two stages equal three steps, a resume in mid-stage and one more: numbers, responses, weights."""
+    table = "stages=[{until: 2, context_length: 48, mini_batch_size: 2}, {until: 4, rollout_batch_size: 2}]"
+    options = ["parallel.num_ranks=2", "loss.old_log_probs=recompute", "entropy.rule=paper", "entropy.target=9", table]
+    straight, cut = workplace / "run-straight", workplace / "run-cut"
+    for run, words in ((straight, ["steps=4"]), (cut, ["steps=3"])):
+        process = start(workplace, "recipe.yaml", f"run_dir={run}", "evaluation.files=[]", *options, *words)
+        output = finish(process)
+        assert process.returncode == 0, output
+    assert "stage 2 of 2 from step 3: context 64, D_R 2, D_T 2, gs 2, N_SGD 1" in output
+    process = start(workplace, "--resume", str(cut), "steps=4")
+    output = finish(process)
+    assert process.returncode == 0 and "resumed after step 3" in output, output
+    rows = [[row for row in metrics(run) if "loss" in row] for run in (straight, cut)]
+    assert [row["sgd_steps"] for row in rows[0]] == [2, 2, 1, 1] and [row["stage"] for row in rows[0]] == [1, 1, 2, 2]
+    for one, other in zip(*rows, strict=True):
+        timed = {name for name in one if re.search("second|mfu|latency", name)}
+        assert {name: one[name] for name in one.keys() - timed} == {n: other[n] for n in other.keys() - timed}
+    assert rows[0][3]["entropy/alpha"] > 0
+    for folder in ("rollouts", "history"):
+        ours, theirs = (sorted((run / folder).glob("*.parquet")) for run in (straight, cut))
+        assert [path.name for path in ours] == [path.name for path in theirs] and len(ours) == 4
+        assert all(read_table(a).equals(read_table(b)) for a, b in zip(ours, theirs, strict=True))
+    drivers = [json.loads((run / "checkpoints/step-000004/driver.json").read_text()) for run in (straight, cut)]
+    assert drivers[0] == drivers[1]
+    for run in (straight, cut):
+        megatron_to_hf(run / "checkpoints/step-000004/actor", workplace / "model", run / "hf")
+    ours, theirs = (load_file(run / "hf" / "model.safetensors") for run in (straight, cut))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
     nothing_left(workplace)
 
 
