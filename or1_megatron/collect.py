@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from or1_megatron.cluster import Cluster
 from or1_megatron.config import Config
-from or1_megatron.data.prompts import PromptStream
+from or1_megatron.data.mixture import PromptMixture
 from or1_megatron.profiling.spans import Spans
 from or1_megatron.reward.service import RewardService, task_of
 from or1_megatron.rl.filter import is_informative, refill_size
@@ -40,7 +40,7 @@ def training_sampling(config: Config) -> SamplingSpec:
     )
 
 
-def collect(config: Config, cluster: Cluster, rewards: RewardService, stream: PromptStream, spans: Spans) -> Rollout:
+def collect(config: Config, cluster: Cluster, rewards: RewardService, stream: PromptMixture, spans: Spans) -> Rollout:
     """Rolls out rollout_batch_size prompts, and as many again as were rejected, up to the refill bound."""
     wanted = config.rollout.rollout_batch_size
     limit = int(wanted * config.rollout.max_generated_factor)
@@ -55,6 +55,17 @@ def collect(config: Config, cluster: Cluster, rewards: RewardService, stream: Pr
         rollout.kept += [group for group in groups if is_informative(group, mask) or not config.loss.rejection]
         missing = refill_size(kept=len(rollout.kept), wanted=wanted, generated=len(rollout.generated), limit=limit)
     return rollout
+
+
+def shortfall(config: Config, rollout: Rollout) -> str:
+    """What to tell the user when the refill bound was reached; empty when it was not, or nothing was to be refilled."""
+    wanted, factor = config.rollout.rollout_batch_size, config.rollout.max_generated_factor
+    if len(rollout.kept) >= wanted or factor == 1:
+        return ""
+    return (
+        f"{len(rollout.kept)} of {wanted} groups are informative after {len(rollout.generated)} were rolled out, the "
+        f"bound by rollout.max_generated_factor={factor}; the step goes on with those"
+    )
 
 
 def score_groups(

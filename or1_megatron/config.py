@@ -53,6 +53,7 @@ class ParallelConfig:
 @dataclass
 class DataConfig:
     train: list[str] = key([], "problem files, .jsonl or .parquet: data_source, prompt, reward_model.ground_truth")
+    weights: list[float] = key([], "share of each train file in the prompts; empty: all problems equally often")
     instruction_suffix: str = key("", "appended to the last user message of a chat prompt")
     seed: int = key(0, "order of the prompt stream")
 

@@ -21,7 +21,7 @@ class RunState:
     """The driver's state after `step` completed steps; plain JSON types only."""
 
     step: int
-    stream: dict[str, int]
+    stream: dict[str, Any]
     entropy: dict[str, float]
     stage: dict[str, Any]
     model: dict[str, Any]  # the architecture, to refuse another one on resume

@@ -8,14 +8,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 from or1_megatron import runstate
 from or1_megatron.architecture import Architecture, check_degrees, read_architecture
 from or1_megatron.cluster import Cluster
-from or1_megatron.collect import Rollout, collect, rollout_metrics, sampled_entropy
+from or1_megatron.collect import Rollout, collect, rollout_metrics, sampled_entropy, shortfall
 from or1_megatron.config import Config
-from or1_megatron.data.prompts import PromptStream, load_prompts, load_tokenizer
+from or1_megatron.data.mixture import PromptMixture
+from or1_megatron.data.prompts import load_prompts, load_tokenizer
 from or1_megatron.display import Display
 from or1_megatron.errors import RunFailure, StopRequested, UserError
 from or1_megatron.evaluate import Evaluator, evaluation_line
@@ -34,8 +36,8 @@ from or1_megatron.update import Updater
 
 def train(config: Config, resume: Path | None = None) -> int:
     """Runs `config` to its last step, from scratch or from a run folder; returns the exit code."""
-    architecture, prompts, held_out = check_inputs(config)
-    isolation = check_rewards(config.reward, prompts + held_out)
+    architecture, sources, held_out = check_inputs(config)
+    isolation = check_rewards(config.reward, [*chain(*sources), *held_out])
     folder = RunFolder.open(resume) if resume else RunFolder.create(config)
     if resume:
         runstate.newest(folder.checkpoints, architecture, group_sizes(config))  # refuses before a process is started
@@ -49,7 +51,7 @@ def train(config: Config, resume: Path | None = None) -> int:
         cluster.stop_requested = lambda: stop.requested
         if isolation:
             display.message(isolation)
-        run = Run(config, architecture, folder, cluster, rewards, display, stop, prompts, held_out)
+        run = Run(config, architecture, folder, cluster, rewards, display, stop, sources, held_out)
         if resume:
             run.restore()
         started = time.monotonic()
@@ -104,20 +106,20 @@ class Run:
         rewards: RewardService,
         display: Display,
         stop: _Stop,
-        prompts: list[Prompt],
+        sources: list[list[Prompt]],
         held_out: list[Prompt],
     ):
         self.config, self.architecture, self.folder = config, architecture, folder
         self.cluster, self.rewards, self.display, self.stop = cluster, rewards, display, stop
         self.spans = Spans()
-        self.stream = PromptStream(prompts, config.data.seed)
+        self.stream = PromptMixture(sources, config.data.weights or [1.0], config.data.seed)
         self.stages = Stages(config)
         self.controller = entropy_controller(config)
         self.updater = Updater(config, architecture, cluster, self.spans)
         self.evaluator = Evaluator(config, cluster, rewards, held_out, self.spans)
         self.state = self.state_after(0)
         self._peak_flops = cluster.peak_flops()
-        self._probe_tokens = list(prompts[0].tokens[:256])
+        self._probe_tokens = list(sources[0][0].tokens[:256])
 
     def state_after(self, step: int) -> RunState:
         return RunState(
@@ -147,6 +149,9 @@ class Run:
     def finish(self, step: int, rollout: Rollout) -> dict[str, float]:
         """Takes note of a completed step: history, stage and the state that a checkpoint holds."""
         self.folder.save_history(step, rollout.generated)
+        short = shortfall(self.stages.config, rollout)
+        if short:
+            self.display.message(f"step {step}: {short}")
         samples = rollout.samples
         counts = self.stages.record(
             sum(sample.reward for sample in samples) / len(samples),
@@ -215,8 +220,11 @@ class Run:
         self.display.step({"step": step, **metrics})
 
 
-def check_inputs(config: Config) -> tuple[Architecture, list[Prompt], list[Prompt]]:
-    """Everything that can be refused before a process is started. Raises UserError."""
+def check_inputs(config: Config) -> tuple[Architecture, list[list[Prompt]], list[Prompt]]:
+    """Everything that can be refused before a process is started; problems per weighted source, held-out problems.
+
+    Raises UserError. Without weights all problems are one source.
+    """
     architecture = read_architecture(config.model.path)
     check_degrees(architecture, tp=config.parallel.tp, pp=config.parallel.pp)
     contexts = [stage.rollout.context_length for stage in config.all_stages()]
@@ -234,9 +242,10 @@ def check_inputs(config: Config) -> tuple[Architecture, list[Prompt], list[Promp
     if not config.data.train:
         raise UserError("data.train is empty; name at least one problem file")
     context, suffix = min(contexts), config.data.instruction_suffix
-    prompts = load_prompts(config.data.train, tokenizer, context_length=context, instruction_suffix=suffix)
+    files = [[name] for name in config.data.train] if config.data.weights else [config.data.train]
+    sources = [load_prompts(some, tokenizer, context_length=context, instruction_suffix=suffix) for some in files]
     held_out = load_prompts(config.evaluation.files, tokenizer, context_length=context, instruction_suffix=suffix)
-    return architecture, prompts, held_out
+    return architecture, sources, held_out
 
 
 @contextmanager

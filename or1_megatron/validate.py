@@ -40,6 +40,12 @@ def validate(config: Config) -> None:
             f"loss.importance_cap={loss.importance_cap} weighs by pi_old / pi_engine, which is 1 with "
             "loss.old_log_probs=engine; use current or recompute, or importance_cap=0"
         )
+    weights = config.data.weights
+    if weights and (len(weights) != len(config.data.train) or min(weights) <= 0):
+        raise UserError(
+            f"data.weights={weights} must hold one number above 0 for each of the {len(config.data.train)} files of "
+            "data.train"
+        )
     _validate_parallel(config)
     entropy = config.entropy
     if entropy.rule in ("paper", "released") and not entropy.min <= entropy.initial <= entropy.max:
