@@ -47,7 +47,9 @@ def per_sequence(values: list | None, batches: list[MicroBatch], sequences: list
 def gradients(actor: MegatronActor, batches: list[MicroBatch], num_tokens: int) -> dict[str, torch.Tensor]:
     """This stage's gradients under their HF names, gathered over tensor ranks; whole only at dp = cp = 1."""
     actor.model.zero_grad_buffer()
-    actor._schedule(batches, partial(actor._loss, entropy_coefficient=ALPHA, num_tokens=num_tokens), forward_only=False)
+    temperature = actor.config.rollout.temperature
+    loss = partial(actor._loss, entropy_coefficient=ALPHA, num_tokens=num_tokens, temperature=temperature)
+    actor._schedule(batches, loss, forward_only=False)
     found: dict[str, torch.Tensor] = {}
     for parameter, entry in named_entries(actor._gpt, actor.architecture, fused_norms=False):
         grad = parameter.main_grad  # type: ignore[attr-defined]
