@@ -109,8 +109,8 @@ class Cluster:
     def _placement(self) -> tuple[dict[str, float], bool]:
         """GPUs per rank and per engine, and whether they take turns. Raises UserError when there are too few GPUs.
 
-        Of the shares of one GPU two larger ones do not fit, nor a smaller one beside two; launched in that order,
-        each of the more numerous kind gets a device to itself and each of the other joins one of them.
+        Two of the larger shares do not fit on one GPU, a larger and a smaller one fill it: with the larger launched
+        first, each of the more numerous kind has a GPU of its own and each of the others joins one of them.
         """
         gpus = ray.cluster_resources().get("GPU", 0)
         ranks, engines = self.config.parallel.num_ranks if self._with_actor else 0, self._num_engines

@@ -173,6 +173,7 @@ class MegatronActor:
     def restore(self, parts: Iterable[str]) -> None:
         for part in parts:
             self.memory[part].restore()
+        trim_host_memory()
 
     def peak_flops(self) -> float:
         return peak_flops(DTYPES[self.config.model.dtype])
