@@ -22,9 +22,9 @@ from pathlib import Path
 
 from harness import Benchmark, main
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
+from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Verdict
 
 FOLDER = Path(os.environ.get("OR1_PROBLEMS") or Path(__file__).resolve().parents[2] / "shared" / "data")

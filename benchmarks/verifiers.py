@@ -30,10 +30,10 @@ from typing import Any
 
 from harness import Benchmark, main
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.reward.preflight import reached_isolation
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
+from or1_megatron.sections import RewardConfig
 
 NUM_WORKERS = 2
 CONFIG = RewardConfig(num_workers=NUM_WORKERS)

@@ -172,8 +172,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    from or1_megatron.config import RewardConfig
     from or1_megatron.reward.isolation import LEVELS
+    from or1_megatron.sections import RewardConfig
     from or1_megatron.verify import compare, verify
 
     if options.workers < 1:

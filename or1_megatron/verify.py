@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.errors import UserError
 from or1_megatron.reward.named import NAMED
 from or1_megatron.reward.preflight import reached_isolation
 from or1_megatron.reward.problem import Task, code_tests
 from or1_megatron.reward.response import after_reasoning
 from or1_megatron.reward.service import RewardService
+from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Verdict
 
 OURS = "or1"

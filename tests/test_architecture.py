@@ -15,11 +15,11 @@ SOURCE_ROOTS = ("or1_megatron", "launch", "slurm", "tools", "benchmarks")
 
 # From the innermost ring to the outermost; a module may import its own ring and those inside it.
 RINGS = (
-    ("config", "validate", "recipe", "types", "errors", "architecture"),
+    ("config", "sections", "validate", "recipe", "types", "errors", "architecture"),
     ("parallel", "rl", "profiling"),
     ("actor", "rollout", "reward", "data"),
     ("cluster", "processes", "handover"),
-    ("train", "evaluate", "collect", "update", "runstate", "display", "runfolder", "doctor", "dryrun"),
+    ("train", "run", "inputs", "evaluate", "collect", "update", "runstate", "display", "runfolder", "doctor", "dryrun"),
     ("convert", "compare", "verify"),
     ("cli", "__main__"),
 )

@@ -10,10 +10,11 @@ import torch
 from or1_megatron.actor.mesh import build_mesh
 from or1_megatron.actor.model import build_model, packed_parameters
 from or1_megatron.architecture import read_architecture
-from or1_megatron.config import Config, ModelConfig, RolloutConfig
+from or1_megatron.config import Config
 from or1_megatron.parallel import device
 from or1_megatron.parallel.context import part_of
 from or1_megatron.parallel.dims import Dims
+from or1_megatron.sections import ModelConfig, RolloutConfig
 from or1_megatron.types import MicroBatch
 
 _TIMEOUT_S = 60.0

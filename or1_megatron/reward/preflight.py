@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.errors import UserError
 from or1_megatron.reward import isolation
 from or1_megatron.reward.problem import code_tests
 from or1_megatron.reward.sandbox import Sandbox
+from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Prompt
 
 

@@ -25,11 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.errors import RunFailure
 from or1_megatron.reward.problem import Task, code_tests
 from or1_megatron.reward.processes import Lost, Template, WorkerProcess
 from or1_megatron.reward.session import EXIT_MEMORY
+from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Sample, Verdict
 
 _PATIENCE_S = 0.05  # of CPU time too: on a busy machine an innocent check takes long

@@ -10,10 +10,11 @@ from megatron.core import dist_checkpointing
 from or1_megatron.actor.mesh import build_mesh
 from or1_megatron.actor.model import build_model, named_entries
 from or1_megatron.architecture import read_architecture
-from or1_megatron.config import Config, ModelConfig, ParallelConfig, RolloutConfig
+from or1_megatron.config import Config
 from or1_megatron.parallel.dims import Dims
 from or1_megatron.parallel.hf_files import HFWeights
 from or1_megatron.parallel.layout import shard
+from or1_megatron.sections import ModelConfig, ParallelConfig, RolloutConfig
 
 
 def load_and_compare(rank: int, world_size: int, converted: Path, hf: Path, tp: int, save_to: Path | None) -> int:

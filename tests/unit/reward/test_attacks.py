@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.reward.isolation import adopt_orphans
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
+from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Verdict
 from tests.unit.reward import attack_programs
 from tests.unit.reward.attack_programs import EXHAUST, FORGE, HARM, HARMLESS, LEAVING, TESTS

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.errors import UserError
 from or1_megatron.reward.code import extract_code, same_output
 from or1_megatron.reward.problem import Task, code_tests
 from or1_megatron.reward.service import RewardService
+from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Verdict
 
 

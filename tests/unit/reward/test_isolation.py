@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.errors import UserError
 from or1_megatron.reward import isolation
 from or1_megatron.reward.preflight import check_rewards, reached_isolation
 from or1_megatron.reward.sandbox import Sandbox, SandboxFailed
+from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Prompt
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 from reference_solutions import FOLDER, SETS, Reference, forged, references, spoiled, verdicts
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
+from or1_megatron.sections import RewardConfig
 
 SAMPLE = {"HumanEval": 164, "MBPP": 100, "LeetCode": 100}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from reference_solutions import FOLDER
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.reward.math import extract_answer, score
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
+from or1_megatron.sections import RewardConfig
 
 # One JSON object a line: ground_truth, response, correct (as a strict person judges), and known_limit where we differ.
 HARD_PAIRS = [json.loads(line) for line in Path(__file__).with_name("hard_pairs.jsonl").read_text().splitlines()]

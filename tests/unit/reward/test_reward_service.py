@@ -17,10 +17,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from or1_megatron.config import RewardConfig
 from or1_megatron.errors import RunFailure
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService, task_of
+from or1_megatron.sections import RewardConfig
 from or1_megatron.types import VERDICTS, Prompt, Sample, Verdict
 
 CONFIG = RewardConfig(num_workers=2, timeout_s=10.0)

@@ -1,0 +1,42 @@
+"""What can be refused before a process is started: model, problems and the packages they ask for."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from or1_megatron.architecture import Architecture, check_degrees, read_architecture
+from or1_megatron.config import Config
+from or1_megatron.data.prompts import load_prompts, load_tokenizer
+from or1_megatron.errors import UserError
+from or1_megatron.parallel.device import use_transformer_engine
+from or1_megatron.parallel.megatron_files import open_weights
+from or1_megatron.types import Prompt
+
+
+def check_inputs(config: Config) -> tuple[Architecture, list[list[Prompt]], list[Prompt]]:
+    """Everything that can be refused before a process is started; problems per weighted source, held-out problems.
+
+    Raises UserError. Without weights all problems are one source.
+    """
+    architecture = read_architecture(config.model.path)
+    check_degrees(architecture, tp=config.parallel.tp, pp=config.parallel.pp)
+    contexts = [stage.rollout.context_length for stage in config.all_stages()]
+    if max(contexts) > architecture.max_positions:
+        raise UserError(
+            f"rollout.context_length={max(contexts)} is above the model's max_position_embeddings="
+            f"{architecture.max_positions}; use at most that"
+        )
+    use_transformer_engine(config.model.transformer_impl)
+    if config.wandb and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"wandb={config.wandb} needs the package wandb: pip install 'or1_megatron[wandb]'")
+    with open_weights(Path(config.model.path), architecture):
+        pass  # opening them is the check
+    tokenizer = load_tokenizer(config.model.path, architecture)
+    if not config.data.train:
+        raise UserError("data.train is empty; name at least one problem file")
+    context, suffix = min(contexts), config.data.instruction_suffix
+    files = [[name] for name in config.data.train] if config.data.weights else [config.data.train]
+    sources = [load_prompts(some, tokenizer, context_length=context, instruction_suffix=suffix) for some in files]
+    held_out = load_prompts(config.evaluation.files, tokenizer, context_length=context, instruction_suffix=suffix)
+    return architecture, sources, held_out

@@ -1,0 +1,197 @@
+"""One training run: its parts, the driver's state, and what happens around a step."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from or1_megatron import runstate
+from or1_megatron.architecture import Architecture
+from or1_megatron.cluster import Cluster
+from or1_megatron.collect import Rollout, sampled_entropy, shortfall
+from or1_megatron.config import Config
+from or1_megatron.data.mixture import PromptMixture
+from or1_megatron.display import Display
+from or1_megatron.errors import RunFailure
+from or1_megatron.evaluate import Evaluator
+from or1_megatron.profiling.spans import Spans
+from or1_megatron.reward.service import RewardService
+from or1_megatron.rl.entropy import EntropyController
+from or1_megatron.rl.stages import Stages, solved
+from or1_megatron.runfolder import RunFolder
+from or1_megatron.runstate import RunState
+from or1_megatron.types import Prompt
+from or1_megatron.update import Updater
+
+
+class Run:
+    """The parts of one training run and the driver's state."""
+
+    def __init__(
+        self,
+        config: Config,
+        architecture: Architecture,
+        folder: RunFolder,
+        cluster: Cluster,
+        rewards: RewardService,
+        display: Display,
+        stop: Stop,
+        sources: list[list[Prompt]],
+        held_out: list[Prompt],
+    ):
+        self.config, self.architecture, self.folder = config, architecture, folder
+        self.cluster, self.rewards, self.display, self.stop = cluster, rewards, display, stop
+        self.spans = Spans()
+        self.stream = PromptMixture(sources, config.data.weights or [1.0], config.data.seed)
+        self.stages = Stages(config)
+        self.controller = entropy_controller(config)
+        self.updater = Updater(config, architecture, cluster, self.spans)
+        self.evaluator = Evaluator(config, cluster, rewards, held_out, self.spans)
+        self.state = self.state_after(0)
+        self._peak_flops = cluster.peak_flops()
+        self._probe_tokens = list(sources[0][0].tokens[:256])
+
+    def state_after(self, step: int) -> RunState:
+        return RunState(
+            step=step,
+            stream=self.stream.state_dict(),
+            entropy=self.controller.state_dict(),
+            stage=self.stages.state_dict(),
+            model=asdict(self.architecture),
+            group_sizes=group_sizes(self.config),
+        )
+
+    def enter(self, step: int) -> Config:
+        """The configuration of the stage that `step` belongs to; at its first step also what a stage start does."""
+        before = self.stages.first_step
+        if self.stages.moves_on(step):
+            if self.config.drop_solved:
+                newly = solved(self.folder.read_history(before, step - 1))
+                self.stages.dropped = sorted({*self.stages.dropped, *newly})
+                self.stream.drop(self.stages.dropped)
+                self.display.message(f"{len(newly)} problems solved in the stage before are dropped")
+            if self.config.entropy.at_stage == "reset":
+                self.controller = entropy_controller(self.config)
+            self.display.message(self.stages.describe())
+        self.updater.config = self.stages.config
+        return self.stages.config
+
+    def finish(self, step: int, rollout: Rollout) -> dict[str, float]:
+        """Takes note of a completed step: history, stage and the state that a checkpoint holds."""
+        self.folder.save_history(step, rollout.generated)
+        short = shortfall(self.stages.config, rollout)
+        if short:
+            self.display.message(f"step {step}: {short}")
+        samples = rollout.samples
+        counts = self.stages.record(
+            sum(sample.reward for sample in samples) / len(samples),
+            responses=len(samples),
+            truncated=sum(sample.truncated for sample in samples),
+        )
+        self.state = self.state_after(step)
+        return counts
+
+    def restore(self) -> None:
+        """Continues from the folder's newest complete checkpoint."""
+        self.state = runstate.restore(
+            self.folder.checkpoints, self.cluster, self.architecture, group_sizes(self.config)
+        )
+        self.stages.load_state_dict(self.state.stage)
+        self.stream.drop(self.stages.dropped)
+        self.stream.load_state_dict(self.state.stream)
+        self.controller.load_state_dict(self.state.entropy)
+        self.folder.rewind(self.state.step)
+        self.folder.save_config(self.config)
+        self.display.message(f"resumed after step {self.state.step}")
+
+    def save(self) -> Path:
+        self.display.phase("saving")
+        keep, keep_every = self.config.keep_checkpoints, self.config.keep_every
+        with self.spans.span("save"):
+            return runstate.save(
+                self.folder.checkpoints, self.state, self.cluster, self.architecture, keep=keep, keep_every=keep_every
+            )
+
+    def sync(self, completed: int) -> dict[str, float]:
+        """Pushes the weights after `completed` steps to the engines and probes them.
+
+        Raises RunFailure when engine and actor disagree on a fixed text beyond the tolerance.
+        """
+        self.display.phase("syncing weights")
+        with self.spans.span("sync"):
+            self.cluster.push_weights(version=completed)
+        interval, tolerance = self.config.rollout.probe_interval, self.config.probe_tolerance
+        if not interval or completed % interval:
+            return {}
+        with self.spans.span("probe"):
+            mean, largest = self.updater.probe(self._probe_tokens)
+        if not mean <= tolerance:
+            raise RunFailure(
+                f"after step {completed} engine and actor disagree on the pushed weights: mean |delta log p| "
+                f"{mean:.2g} "
+                f"(max {largest:.2g}) exceeds {tolerance:.2g}; the engine does not hold the actor's weights"
+            )
+        return {"probe/mean": mean, "probe/max": largest}
+
+    def entropy(self, rollout: Rollout) -> float:
+        """e_k, over every sample of the rollout buffer."""
+        vocabulary = self.config.entropy.signal == "vocabulary"
+        return self.updater.vocabulary_entropy(rollout) if vocabulary else sampled_entropy(rollout)
+
+    def record(self, step: int, metrics: dict[str, float], rollout: Rollout) -> None:
+        seconds = self.spans.take()
+        metrics |= self.rewards.take_metrics()
+        metrics |= seconds | {"tokens_per_second": metrics.get("tokens", 0) / seconds["seconds/step"]}
+        if "flops" in metrics:
+            peak = self._peak_flops * self.config.parallel.num_ranks
+            metrics["mfu"] = metrics.pop("flops") / (seconds["seconds/update"] * peak)
+        self.folder.save_rollouts(step, rollout.generated)
+        self.folder.log_metrics(step, metrics)
+        self.display.step({"step": step, **metrics})
+
+
+def entropy_controller(config: Config) -> EntropyController:
+    rule = config.entropy
+    return EntropyController(
+        rule=rule.rule,
+        target=rule.target,
+        delta=rule.delta,
+        initial=rule.initial,
+        minimum=rule.min,
+        maximum=rule.max,
+    )
+
+
+def group_sizes(config: Config) -> list[int]:
+    """gs of every stage."""
+    return [stage.rollout.group_size for stage in config.all_stages()]
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Constant after a linear warm-up; `step` counts from 1."""
+    warmup = config.optimizer.warmup_steps
+    return config.optimizer.lr * min(1.0, step / warmup if warmup else 1.0)
+
+
+class Stop:
+    """SIGINT and SIGTERM: the first asks for a stop, the second ends at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
