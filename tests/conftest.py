@@ -12,6 +12,9 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# Every rank of every test would compile for its few tokens. Compiled formulas have unit tests of their own, and
+# test_actor.py steps once with them; the benchmarks and the quickstart run nothing else.
+os.environ.setdefault("OR1_COMPILE", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -217,7 +217,7 @@ class MegatronActor:
             mine.tokens_T.unsqueeze(0),
             mine.positions_T.unsqueeze(0),
             None,
-            packed_seq_params=packed_parameters(batch, part, self._max_seqlen),
+            packed_seq_params=packed_parameters(batch, part, mine.positions_T, self._gpt, self._max_seqlen),
             **keep_dtype,
         )
         return output, partial(reduce, mine, part)

@@ -1,13 +1,15 @@
-"""The `torch` implementation's own layers: attention over packed sequences and RMSNorm.
+"""The `torch` implementation's own layers: attention over packed sequences with its RoPE, and RMSNorm.
 
-Megatron's local core attention supports neither packed sequences nor context parallel, and its wrapped torch norm
-refuses sequence parallel. These two run on CPU and on GPU, so TransformerEngine has a reference.
+Megatron's local core attention supports neither packed sequences nor context parallel, its wrapped torch norm refuses
+sequence parallel, and its RoPE makes the same tables anew for each sequence in each layer. These run on CPU and on
+GPU, so TransformerEngine has a reference.
 Shape letters: T tokens of the pack, t those of this context-parallel rank, N query heads of this tensor rank, K
-key/value heads of it, D head size.
+key/value heads of it, D head size, C = D / 2 angles.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +18,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
 from or1_megatron.parallel.context import Part, gather
+from or1_megatron.parallel.device import device
+from or1_megatron.parallel.layer_kernels import rms_norm, rotate
 
 
 class PackedAttention(torch.nn.Module):
@@ -36,28 +40,44 @@ class PackedAttention(torch.nn.Module):
         packed_seq_params: PackedSeqParams | None = None,
         **_: Any,
     ) -> torch.Tensor:
-        """Returns [t, N * D]. `packed_seq_params.part` is this rank's Part of the pack."""
+        """Returns [t, N * D]. `packed_seq_params` carries this rank's Part of the pack and its RoPE tables."""
         assert packed_seq_params is not None, "the actor always packs"
-        part: Part = packed_seq_params.part  # type: ignore[attr-defined]
+        packed: Any = packed_seq_params
+        part: Part = packed.part
         grouped = query_tND.shape[1] != key_tKD.shape[1]
-        key_TKD, value_TKD = key_tKD, value_tKD
+        query_NtD, key_KTD = (rotate(x, packed.cos_tC, packed.sin_tC) for x in (query_tND, key_tKD))
+        value_KTD = value_tKD.transpose(0, 1)
         if part.num_ranks > 1:
-            key_TKD, value_TKD = gather(torch.cat((key_tKD, value_tKD), -1), part, self.cp_group).chunk(2, -1)
+            both_TKX = gather(torch.cat((key_KTD, value_KTD), -1).transpose(0, 1), part, self.cp_group)
+            key_KTD, value_KTD = both_TKX.transpose(0, 1).chunk(2, -1)
+        # Cut and joined once: the gradient of a slice would be a pack of zeros around it.
+        queries = query_NtD.split([s.num_queries for s in part.stretches], 1)
+        keys, values = _of_stretches(key_KTD, part), _of_stretches(value_KTD, part)
         outputs = []
-        for s in part.stretches:
-            q = query_tND[s.query : s.query + s.num_queries].transpose(0, 1).unsqueeze(0)
-            k, v = (x[s.key : s.key + s.num_keys].transpose(0, 1).unsqueeze(0) for x in (key_TKD, value_TKD))
-            bias: Any = causal_lower_right(s.num_queries, s.num_keys)
+        for q, k, v in zip(queries, keys, values, strict=True):
+            bias: Any = causal_lower_right(q.shape[1], k.shape[1])
             attended = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, scale=self.scale, enable_gqa=grouped
+                q[None], k[None], v[None], attn_mask=bias, scale=self.scale, enable_gqa=grouped
             )
-            outputs.append(attended.squeeze(0).transpose(0, 1).flatten(1))
+            outputs.append(attended[0].transpose(0, 1).flatten(1))
         return torch.cat(outputs)
 
 
-class RMSNorm(torch.nn.RMSNorm):
+def _of_stretches(values_KTD: torch.Tensor, part: Part) -> Sequence[torch.Tensor]:
+    """What the queries of each stretch see. With context parallel two stretches see keys of the same sequence."""
+    if part.num_ranks == 1:
+        return values_KTD.split([s.num_keys for s in part.stretches], 1)
+    return [values_KTD[:, s.key : s.key + s.num_keys] for s in part.stretches]
+
+
+class RMSNorm(torch.nn.Module):
     """RMSNorm whose weight is marked for the gradient reduction that sequence parallel needs."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-6, **_: Any):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        self.eps = torch.tensor(eps, device=device())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return rms_norm(x, self.weight, self.eps)

@@ -58,6 +58,8 @@ def _logits(path: Path, tokens: list[int]) -> torch.Tensor:
             batch.tokens_T.unsqueeze(0).to(device.device()),
             batch.positions_T.unsqueeze(0).to(device.device()),
             None,
-            packed_seq_params=packed_parameters(batch, part, 2 * count + 1),
+            packed_seq_params=packed_parameters(
+                batch, part, batch.positions_T.to(device.device()), model, 2 * count + 1
+            ),
         )
     return logits_1TV.squeeze(0)[:, : architecture.vocab_size].float().cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -27,8 +27,9 @@ from or1_megatron.actor.mesh import Mesh
 from or1_megatron.architecture import Architecture
 from or1_megatron.config import Config
 from or1_megatron.parallel.context import Part
-from or1_megatron.parallel.device import device, has_cuda, use_transformer_engine
+from or1_megatron.parallel.device import device, has_cuda, has_fused_weight_gradients, use_transformer_engine
 from or1_megatron.parallel.hf_files import HFWeights
+from or1_megatron.parallel.layer_kernels import swiglu
 from or1_megatron.parallel.layout import Entry, entries, shard_into
 from or1_megatron.parallel.megatron_files import is_megatron
 from or1_megatron.types import MicroBatch
@@ -36,7 +37,9 @@ from or1_megatron.types import MicroBatch
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
-def transformer_config(config: Config, architecture: Architecture, softmax_scale: float) -> TransformerConfig:
+def transformer_config(
+    config: Config, architecture: Architecture, softmax_scale: float, *, transformer_engine: bool
+) -> TransformerConfig:
     """Megatron's configuration of the decoder."""
     a, tp, pp = architecture, config.parallel.tp, config.parallel.pp
     full = config.model.recompute == "full"
@@ -73,9 +76,11 @@ def transformer_config(config: Config, architecture: Architecture, softmax_scale
         init_method=_leave_as_is,
         output_layer_init_method=_leave_as_is,
         embedding_init_method=_leave_as_is,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=has_fused_weight_gradients(),
         masked_softmax_fusion=False,
-        bias_activation_fusion=has_cuda(),
+        # Of the torch implementation: takes the activation from the layer spec, which is one kernel.
+        use_te_activation_func=not transformer_engine,
+        bias_activation_fusion=transformer_engine,
         bias_dropout_fusion=has_cuda(),
         apply_rope_fusion=False,
         recompute_granularity=None if config.model.recompute == "none" else config.model.recompute,  # type: ignore[arg-type]
@@ -93,8 +98,8 @@ def build_model(config: Config, architecture: Architecture, mesh: Mesh) -> GPTMo
     rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(config.model.path))  # type: ignore[arg-type]
     # yarn scales cos and sin by a factor f: the scores, a product of two rotated vectors, by f^2.
     scale = float(rotary.attention_scaling) ** 2 * architecture.head_dim**-0.5
-    settings = transformer_config(config, architecture, scale)
     fused_norms = use_transformer_engine(config.model.transformer_impl)
+    settings = transformer_config(config, architecture, scale, transformer_engine=fused_norms)
     model = GPTModel(
         config=settings,
         transformer_layer_spec=_layer_spec(settings, mesh, fused_norms),  # type: ignore[arg-type]
@@ -103,9 +108,13 @@ def build_model(config: Config, architecture: Architecture, mesh: Mesh) -> GPTMo
         pre_process=mesh.first_stage,
         post_process=mesh.last_stage,
         share_embeddings_and_output_weights=architecture.tied,
-        position_embedding_type="rope",
+        position_embedding_type="rope" if fused_norms else "none",  # PackedAttention has its own
     )
-    model.rotary_pos_emb.inv_freq = rotary.inv_freq.data.to(device(), torch.float32)
+    # No buffer: bf16 models turn their buffers into bf16, and positions with them.
+    frequencies_C = rotary.inv_freq.data.to(device(), torch.float32)
+    if fused_norms:
+        model.rotary_pos_emb.inv_freq = frequencies_C
+    model.rope_frequencies_C = frequencies_C  # type: ignore[assignment]
     path = Path(config.model.path)
     if is_megatron(path):
         load_converted(model, path)
@@ -122,6 +131,7 @@ def _layer_spec(
     spec = get_gpt_layer_local_spec(qk_layernorm=settings.qk_layernorm, normalization="RMSNorm")
     layer: Any = spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    layer.mlp.submodules.activation_func = swiglu
     attention = layer.self_attention.submodules
     attention.core_attention = PackedAttention
     if settings.qk_layernorm:
@@ -170,20 +180,24 @@ def head_inputs(model: GPTModel, hidden_1tH: torch.Tensor, mesh: Mesh) -> tuple[
     return hidden_tH, weight
 
 
-def packed_parameters(micro_batch: MicroBatch, part: Part, max_seqlen: int) -> PackedSeqParams:
-    """Megatron's description of a packed micro-batch, of which this rank holds `part`.
+def packed_parameters(
+    micro_batch: MicroBatch, part: Part, positions_t: torch.Tensor, model: GPTModel, max_seqlen: int
+) -> PackedSeqParams:
+    """Megatron's description of a packed micro-batch, of which this rank holds `part` with tokens at `positions_t`.
 
-    `max_seqlen` sizes the RoPE table, cached by its value: one constant above any sequence and any pack, since
+    `max_seqlen` sizes Megatron's RoPE table, cached by its value: one constant above any sequence and any pack, since
     Megatron reads a table as long as the pack as already unpacked. All counts are of the whole pack.
     """
     assert micro_batch.num_tokens < max_seqlen
     offsets = torch.tensor(micro_batch.cu_seqlens, dtype=torch.int32, device=device())
-    packed = PackedSeqParams(
+    packed: Any = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=offsets,
         cu_seqlens_kv=offsets,
         max_seqlen_q=max_seqlen,
         max_seqlen_kv=max_seqlen,
     )
-    packed.part = part  # type: ignore[attr-defined]
+    packed.part = part
+    angles_tC = positions_t[:, None] * cast(torch.Tensor, model.rope_frequencies_C)
+    packed.cos_tC, packed.sin_tC = angles_tC.cos(), angles_tC.sin()
     return packed

@@ -16,6 +16,7 @@ is right:
 | torch.cuda._lazy_call | queues `_set_cuda_rng_state` until CUDA starts: **silently never** | call at once |
 | Tensor.cuda, Module.cuda | moves to the device | already there |
 | torch.cuda.memory_*, empty_cache | logging | nothing to report |
+| fused_weight_gradient_mlp_cuda (apex) | adds a weight's gradient to fp32 main_grad | the same sum, in one product |
 | torch.cuda.*Tensor type names | isinstance tests in transformer/module.py | resolve to the host types |
 
 `own_optimizer_steps` mends the second silent trap: after `DistributedOptimizer.load_state_dict` all parameters of
@@ -28,7 +29,9 @@ import contextlib
 import ctypes
 import datetime
 import importlib.util
+import sys
 import time
+import types
 from typing import Any
 
 import torch
@@ -67,6 +70,11 @@ def use_transformer_engine(wanted: str) -> bool:
             "use auto or torch"
         )
     return possible and wanted != "torch"
+
+
+def has_fused_weight_gradients() -> bool:
+    """Whether Megatron can add weight gradients straight to main_grad: apex's extension, or the seam's replacement."""
+    return importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None if has_cuda() else True
 
 
 def device_name() -> str:
@@ -182,6 +190,13 @@ class _HostGenerators:
         return torch.default_generator
 
 
+def _add_weight_gradient(input_TI: torch.Tensor, grad_TO: torch.Tensor, main_grad_OI: torch.Tensor) -> None:
+    if grad_TO.dtype == main_grad_OI.dtype:
+        main_grad_OI.addmm_(grad_TO.t(), input_TI)
+    else:
+        main_grad_OI.add_(grad_TO.t() @ input_TI)
+
+
 def _nothing() -> Any:
     """A new no-op each time: torch.compile's tables refuse one function under two names."""
     return lambda *args, **kwargs: None
@@ -223,6 +238,9 @@ def install() -> None:
     for name, replacement in replacements.items():
         setattr(cuda, name, replacement)
     cuda.random.get_rng_state = replacements["get_rng_state"]
+    apex: Any = types.ModuleType("fused_weight_gradient_mlp_cuda")
+    apex.wgrad_gemm_accum_fp32 = apex.wgrad_gemm_accum_fp16 = _add_weight_gradient
+    sys.modules[apex.__name__] = apex
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     _HostMode().__enter__()

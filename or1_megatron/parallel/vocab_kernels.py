@@ -10,13 +10,11 @@ eagerly in blocks of rows that fit a cache. With v = (z - top) / temperature:
 
 from __future__ import annotations
 
-import logging
-import os
-from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import torch
+
+from or1_megatron.parallel.compiler import compiled
 
 _BLOCK_ELEMENTS = 1 << 20  # float32 elements of one eager block: a cache's worth
 # Statistics are made per block of columns and then combined: a row of it stays in the cache between the search for its
@@ -32,7 +30,7 @@ def statistics(logits_TV: torch.Tensor, temperature: float) -> tuple[torch.Tenso
         return vocab_triton.statistics(logits_TV, temperature)
     scale = torch.tensor(1 / temperature)
     with torch._C.DisableTorchFunction():
-        run = _compiled(_statistics, _statistics_eager)
+        run = compiled(_statistics, _statistics_eager)
         parts = [run(block_TC, scale) for block_TC in logits_TV.split(_COLUMNS, dim=1)]
         top_TN, s_TN, t_TN = (torch.stack(column, 1) for column in zip(*parts, strict=True))
         top_T = top_TN.amax(1)
@@ -58,33 +56,9 @@ def gradient(
     values = (logits_TV, top_T, slope_T, offset_T, torch.tensor(1 / temperature))
     with torch._C.DisableTorchFunction():
         if out_TV is logits_TV:
-            _compiled(_gradient_, _gradient_eager_)(*values)
+            compiled(_gradient_, _gradient_eager_)(*values)
         else:
-            _compiled(_gradient, _gradient_eager)(*values, out_TV)
-
-
-@lru_cache(maxsize=8)
-def _compiled(formula: Callable[..., Any], eager: Callable[..., Any]) -> Callable[..., Any]:
-    """`formula` compiled, where a C++ compiler works; else `eager`. OR1_COMPILE=0 asks for eager."""
-    if os.environ.get("OR1_COMPILE") == "0" or not _can_compile():
-        return eager
-    return torch.compile(formula, dynamic=True)
-
-
-@lru_cache(maxsize=1)
-def _can_compile() -> bool:
-    """Tried once on two numbers: whether there is a compiler, and whether what it makes can be loaded."""
-    from torch._dynamo import config
-
-    if config.disable:
-        return False
-    try:
-        torch.compile(lambda x: x + 1, dynamic=True)(torch.zeros(2))
-    except Exception as error:  # whatever a tool chain can be missing
-        reason = str(error).strip().splitlines()[0]
-        logging.getLogger(__name__).warning("no C++ compiler for torch.compile, running eagerly: %s", reason)
-        return False
-    return True
+            compiled(_gradient, _gradient_eager)(*values, out_TV)
 
 
 def _statistics(z: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,7 +16,7 @@ from or1_megatron.actor.actor import MegatronActor
 from or1_megatron.actor.model import named_entries
 from or1_megatron.config import Config
 from or1_megatron.errors import RunFailure
-from or1_megatron.parallel import vocab_head
+from or1_megatron.parallel import compiler, vocab_head
 from or1_megatron.parallel.bucket import unpack_bucket
 from or1_megatron.parallel.layout import unshard
 from or1_megatron.parallel.packing import pack, plan, unpack_response_values
@@ -82,6 +83,15 @@ def one_step(rank: int, world_size: int, config: Config, sequences: list[Sequenc
         "weights": weights(actor),
         "num_batches": len(batches),
     }
+
+
+def can_compile(rank: int, world_size: int) -> bool:
+    return compiler.can_compile()
+
+
+def one_compiled_step(rank: int, world_size: int, *args: Any) -> dict[str, Any]:
+    os.environ["OR1_COMPILE"] = "1"
+    return one_step(rank, world_size, *args)
 
 
 def poisoned_update(

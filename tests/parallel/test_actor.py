@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -68,9 +69,18 @@ def references(models: dict[str, Path]) -> dict[str, tuple[Reference, torch.nn.M
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-pp{}-cp{}-dp{}".format(*layout))
 @pytest.mark.parametrize("family", MODELS)
 def test_step_equals_dense_reference(family: str, layout: tuple, models: dict, references: dict) -> None:
-    reference, updated, sequences = references[family]
-    config = make_config(models[family], *layout)
-    ranks = run_ranks(config.parallel.num_ranks, ranks_actor.one_step, config, sequences)
+    compare_a_step(references[family], make_config(models[family], *layout), ranks_actor.one_step)
+
+
+def test_compiled_step_equals_dense_reference(models: dict, references: dict) -> None:
+    if not run_ranks(1, ranks_actor.can_compile)[0]:
+        pytest.skip("torch.compile has no working C++ compiler here")
+    compare_a_step(references["qwen3"], make_config(models["qwen3"], tp=2), ranks_actor.one_compiled_step)
+
+
+def compare_a_step(dense: tuple, config: Config, one_step: Callable[..., dict[str, Any]]) -> None:
+    reference, updated, sequences = dense
+    ranks = run_ranks(config.parallel.num_ranks, one_step, config, sequences)
     assert ranks[0]["num_batches"] > 1, "the batch must not fit one micro-batch"
 
     log_probs = {i: row for rank in ranks for i, row in rank["log_probs"].items()}

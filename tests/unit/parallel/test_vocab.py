@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from or1_megatron.parallel import vocab_kernels
+from or1_megatron.parallel import compiler, vocab_kernels
 from or1_megatron.parallel.vocab import Shard, log_probs_and_entropy
 from tests.dense_reference import dense_log_probs_and_entropy
 
@@ -143,14 +143,14 @@ class LargestFloat32(TorchDispatchMode):
 
 def test_bf16_logits_never_get_a_float32_copy(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OR1_COMPILE", "0")  # what a compiled pass keeps, it keeps in registers
-    vocab_kernels._compiled.cache_clear()
+    compiler.forget()
     logits_TV = torch.randn(128, 16_384, dtype=torch.bfloat16).requires_grad_()
     labels_T, ones_T = torch.zeros(128, dtype=torch.int64), torch.ones(128)
     with LargestFloat32() as forward:
         results = ours(logits_TV, labels_T, 16_384)
     with LargestFloat32() as backward:
         torch.autograd.backward(results, [ones_T, ones_T])
-    vocab_kernels._compiled.cache_clear()
+    compiler.forget()
     for largest in (forward, backward):
         assert 16_384 <= largest.elements <= vocab_kernels._BLOCK_ELEMENTS < logits_TV.numel()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from or1_megatron.parallel import vocab_head, vocab_kernels
+from or1_megatron.parallel import compiler, vocab_head
 from or1_megatron.parallel.vocab import Shard, log_probs_and_entropy
 from or1_megatron.parallel.vocab_head import TokenLoss, head_log_probs_and_entropy, head_loss
 
@@ -76,11 +76,11 @@ def test_one_chunk_of_logits_is_all_that_is_ever_allocated(monkeypatch: pytest.M
     monkeypatch.setattr(vocab_head, "_CHUNK_BYTES", {"cpu": (chunk * 4,) * 2})
     monkeypatch.setattr(vocab_head, "_buffers", {})
     monkeypatch.setenv("OR1_COMPILE", "0")
-    vocab_kernels._compiled.cache_clear()
+    compiler.forget()
     grad = torch.zeros_like(weight)
     with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
         head_loss(hidden.requires_grad_(), weight, grad, labels, Shard(VOCAB), weighted(a, b))
-    vocab_kernels._compiled.cache_clear()
+    compiler.forget()
     largest = max(event.cpu_memory_usage for event in profile.events() or ())
     assert largest < TOKENS * PADDED * 4 / 2, "all logits at once"
     (buffer,) = vocab_head._buffers.values()

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 
-from or1_megatron.parallel import vocab_kernels
+from or1_megatron.parallel import compiler, vocab_kernels
 
 TEMPERATURE = 0.7
 
@@ -34,16 +34,11 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("OR1_COMPILE", "0" if request.param == "eager" else "1")
     # An engine in this process has switched the compiler off.
     with torch._dynamo.config.patch(disable=False):
-        forget_what_compiles()
-        if request.param == "compiled" and not vocab_kernels._can_compile():
+        compiler.forget()
+        if request.param == "compiled" and not compiler.can_compile():
             pytest.skip("torch.compile has no working C++ compiler here")
         yield request.param
-    forget_what_compiles()
-
-
-def forget_what_compiles() -> None:
-    vocab_kernels._compiled.cache_clear()
-    vocab_kernels._can_compile.cache_clear()
+    compiler.forget()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
