@@ -3,7 +3,7 @@
 An operation names its phase; what the phase does not need is released before what it lacks is restored, so that the
 two sides are never both there in full. Released engine weights are gone (the next push brings them), hence a rollout
 can only follow a push: anything else is refused, whatever the order of calls. Pure; the calls to ranks and engines are
-cluster.py's.
+cluster/'s.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bodies of the run's worker processes: what cluster.py turns into Ray actors. Plain classes, no ray.
+"""The bodies of the run's worker processes: what cluster/ turns into Ray actors. Plain classes, no ray.
 
 A worker writes everything it prints to its own log file, so that its last lines can be shown when it dies, and
 ignores Ctrl-C, which a terminal sends to the whole process group: the driver alone decides when a run stops.
@@ -46,16 +46,20 @@ class _Process:
 class ActorRank(_Process):
     """One Megatron rank."""
 
-    def meeting_point(self, several_hosts: bool) -> str:
-        """Where all ranks meet, chosen by rank 0: a file on one host, a TCP port of this host otherwise."""
-        if not several_hosts:
+    def meeting_point(self, address: str | None) -> str:
+        """Where all ranks meet, chosen by rank 0: a TCP port of this node at `address`, or a file on a single host.
+
+        A launcher that keeps ports for its job names one in OR1_MEETING_PORT; else it is any that is free now.
+        """
+        if address is None:
             handle, name = tempfile.mkstemp(prefix="or1-ranks-")
             os.close(handle)
             os.unlink(name)
             return f"file://{name}"
         with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"tcp://{socket.gethostbyname(socket.gethostname())}:{probe.getsockname()[1]}"
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((address, int(os.environ.get("OR1_MEETING_PORT", "0"))))
+            return f"tcp://{address}:{probe.getsockname()[1]}"
 
     def start(self, config: Config, rank: int, meeting_point: str) -> None:
         """Joins the other ranks and builds the model; returns when this rank is ready."""

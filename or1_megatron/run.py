@@ -177,19 +177,20 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 class Stop:
-    """SIGINT and SIGTERM: the first asks for a stop, the second ends at once."""
+    """SIGINT, SIGTERM and SIGUSR1: the first asks for a stop, a second ends at once; USR1 may come again and again."""
 
     def __init__(self) -> None:
         self.requested = False
 
     def _handle(self, number: int, frame: object) -> None:
-        if self.requested:
+        if self.requested and number != signal.SIGUSR1:
             raise KeyboardInterrupt
         self.requested = True
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        previous = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield
         finally:

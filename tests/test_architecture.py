@@ -30,7 +30,7 @@ HEAVY = {
     "megatron": "or1_megatron/actor/",
     "transformer_engine": "or1_megatron/actor/",
     "vllm": "or1_megatron/rollout/",
-    "ray": "or1_megatron/cluster.py",
+    "ray": "or1_megatron/cluster/",
 }
 DEVICE_SEAM = "or1_megatron/parallel/device.py"
 NO_MEANING = frozenset({"utils", "util", "common", "misc", "helpers"})
@@ -143,7 +143,7 @@ LONG_FUNCTION = "def f():\n" + "    x = 1\n" * MAX_FUNCTION_LINES
 BROKEN = {
     "outward": ("or1_megatron/rl/loss.py", "from or1_megatron.actor import mesh", "further out"),
     "outward, plain import": ("or1_megatron/config.py", "import or1_megatron.rl.loss", "further out"),
-    "outward, from the package": ("or1_megatron/cluster.py", "from or1_megatron import train", "further out"),
+    "outward, from the package": ("or1_megatron/cluster/joining.py", "from or1_megatron import train", "further out"),
     "outward, relative": ("or1_megatron/rl/loss.py", "from ..cluster import start", "further out"),
     "outward, in a function": ("or1_megatron/train.py", "def f():\n    import or1_megatron.cli", "further out"),
     "actor knows rollout": ("or1_megatron/actor/actor.py", "from or1_megatron.rollout import sync", "meet only"),
@@ -155,8 +155,8 @@ BROKEN = {
     "megatron": ("or1_megatron/train.py", "from megatron.core import parallel_state", "actor/ may"),
     "transformer_engine": ("or1_megatron/parallel/vocab.py", "import transformer_engine", "actor/ may"),
     "vllm": ("or1_megatron/actor/actor.py", "def f():\n    from vllm import LLM", "rollout/ may"),
-    "ray": ("or1_megatron/rollout/engine.py", "import ray", "cluster.py may"),
-    "ray, by name": ("launch/start.py", "import importlib\nimportlib.import_module('ray')", "cluster.py may"),
+    "ray": ("or1_megatron/rollout/engine.py", "import ray", "cluster/ may"),
+    "ray, by name": ("launch/start.py", "import importlib\nimportlib.import_module('ray')", "cluster/ may"),
     "cuda": ("tools/convert/verify.py", "import torch\ntorch.cuda.is_available()", "has_cuda"),
     "cuda, not called": ("or1_megatron/train.py", "from torch import cuda\nask = cuda.is_available", "has_cuda"),
     "cuda, imported": ("or1_megatron/train.py", "from torch.cuda import is_available", "has_cuda"),
@@ -179,7 +179,7 @@ FINE = {
         "or1_megatron/rollout/engine.py",
         "from . import worker\nfrom or1_megatron.rollout.sync import push\nimport vllm",
     ),
-    "ray at home": ("or1_megatron/cluster.py", "import ray\nfrom or1_megatron.actor.actor import Actor"),
+    "ray at home": ("or1_megatron/cluster/cluster.py", "import ray\nfrom or1_megatron.actor.actor import Actor"),
     "a name that only begins alike": ("or1_megatron/train.py", "import raylib"),
     "the seam": (DEVICE_SEAM, "import torch\ntorch.cuda.is_available()"),
     "a peer in a benchmark": ("benchmarks/vocab.py", "import megatron.core"),

@@ -1,4 +1,4 @@
-"""Ray: the processes of a run, what is asked of them, and what happens when one dies. The only importer of ray.
+"""The processes of a run, what is asked of them, and what happens when one dies.
 
 One Ray actor per Megatron rank and one per engine. The driver only ever waits in `_wait`, which also pings every
 worker, so the death of an idle one is noticed within seconds. Any death ends the run with that process's last log
@@ -7,7 +7,6 @@ lines; leaving the context ends every process.
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,8 +16,11 @@ from typing import Any
 import ray
 import torch
 from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from or1_megatron.architecture import read_architecture
+from or1_megatron.cluster import joining
+from or1_megatron.cluster.placement import Placement, place
 from or1_megatron.config import Config
 from or1_megatron.errors import RunFailure, StopRequested, UserError
 from or1_megatron.handover import ACTOR_PARTS, ENGINE_PARTS, Handover, Part, Phase
@@ -41,7 +43,7 @@ class Cluster:
         self.config = config
         self.dims = Dims.of(config)
         self.stop_requested: Callable[[], bool] = lambda: False
-        self._run_dir = run_dir
+        self._run_dir = run_dir.absolute()  # of a folder that all nodes see
         self._with_actor = with_actor
         self._ranks: list[Any] = []
         self._engines: list[Any] = []
@@ -66,26 +68,16 @@ class Cluster:
     def _start(self) -> None:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall the other processes of a host
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        address = os.environ.get("RAY_ADDRESS")
-        if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        else:
-            store = max(256, 4 * self.config.rollout.bucket_mb) * 2**20
-            ray.init(
-                address="local",
-                num_cpus=1,
-                include_dashboard=False,
-                object_store_memory=store,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                _node_ip_address="127.0.0.1",
-            )
-        shares, colocated = self._placement()
-        numbers = {"rank": self.config.parallel.num_ranks if self._with_actor else 0, "engine": self._num_engines}
-        workers: dict[str, list[Any]] = {}
-        for name in sorted(shares, key=shares.__getitem__, reverse=True):
-            workers[name] = [self._launch(name, i, shares[name]) for i in range(numbers[name])]
-        self._ranks, self._engines = workers["rank"], workers["engine"]
+        self._joined = joining.enter(max(256, 4 * self.config.rollout.bucket_mb) * 2**20)
+        self._nodes = joining.nodes()
+        where = place(
+            [node.gpus for node in self._nodes],
+            ranks=self.config.parallel.num_ranks if self._with_actor else 0,
+            engines=self.config.rollout.num_engines,
+            wanted=self.config.rollout.placement,
+        )
+        self._launch_all(where)
+        colocated = where.colocated
         started = [
             engine.start.remote(engine_spec(self.config, i, colocated)) for i, engine in enumerate(self._engines)
         ]
@@ -94,45 +86,30 @@ class Cluster:
             self._release(ENGINE_PARTS)
             self._handover = Handover(self._release, self._restore)
         if self._with_actor:
-            meeting = self._wait([self._ranks[0].meeting_point.remote(bool(address))])[0]
+            address = self._nodes[where.nodes("rank")[0]].address if self._joined else None
+            meeting = self._wait([self._ranks[0].meeting_point.remote(address)])[0]
             started += [rank.start.remote(self.config, i, meeting) for i, rank in enumerate(self._ranks)]
         self._wait(started)
         self._num_buckets = self._share_weights() if self._with_actor else 0
 
-    def _launch(self, name: str, index: int, num_gpus: float) -> Any:
+    def _launch_all(self, where: Placement) -> None:
+        """The kind with the larger share first: see placement.py."""
+        for kind in sorted(("rank", "engine"), key=where.share, reverse=True):
+            workers = [self._launch(kind, i, node, where.share(kind)) for i, node in enumerate(where.nodes(kind))]
+            if kind == "rank":
+                self._ranks = workers
+            else:
+                self._engines = workers
+            self._wait([worker.ping.remote() for worker in workers])
+
+    def _launch(self, name: str, index: int, node: int, num_gpus: float) -> Any:
         log = self._run_dir / "logs" / f"{name}{index}.log"
         process = ray.remote({"rank": ActorRank, "engine": EngineProcess}[name])
-        worker = process.options(num_cpus=0, num_gpus=num_gpus, max_restarts=0).remote(str(log))
+        place = NodeAffinitySchedulingStrategy(self._nodes[node].id, soft=False)
+        options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0, "scheduling_strategy": place}
+        worker = process.options(**options).remote(str(log))
         self._logs[worker] = log
         return worker
-
-    def _placement(self) -> tuple[dict[str, float], bool]:
-        """GPUs per rank and per engine, and whether they take turns. Raises UserError when there are too few GPUs.
-
-        Two of the larger shares do not fit on one GPU, a larger and a smaller one fill it: with the larger launched
-        first, each of the more numerous kind has a GPU of its own and each of the others joins one of them.
-        """
-        gpus = ray.cluster_resources().get("GPU", 0)
-        ranks, engines = self.config.parallel.num_ranks if self._with_actor else 0, self._num_engines
-        wanted = self.config.rollout.placement
-        if gpus < max(ranks, engines) and gpus > 0:
-            raise UserError(
-                f"parallel.num_ranks={ranks} and {engines} engines need more than the {gpus:.0f} GPUs there are"
-            )
-        if wanted == "separate" and 0 < gpus < ranks + engines:
-            raise UserError(
-                f"rollout.placement=separate needs {ranks + engines} GPUs, there are {gpus:.0f}; use colocated"
-            )
-        colocated = ranks > 0 and (wanted == "colocated" or (wanted == "auto" and 0 < gpus < ranks + engines))
-        if gpus == 0:
-            return {"rank": 0, "engine": 0}, colocated
-        if not colocated:
-            return {"rank": 1, "engine": 1}, False
-        return ({"rank": 0.6, "engine": 0.4} if ranks >= engines else {"rank": 0.4, "engine": 0.6}), True
-
-    @property
-    def _num_engines(self) -> int:
-        return self.config.rollout.num_engines
 
     def _enter(self, phase: Phase) -> None:
         if self._handover is not None:
