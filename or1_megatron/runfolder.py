@@ -6,6 +6,7 @@
     metrics.jsonl    one JSON object a step; NaN and infinities are null
     tensorboard/     the same numbers as scalars
     checkpoints/     logs/
+    slurm/           what slurm/submit.py laid there before the run, and the logs of its jobs
     rollouts/        step-000001.parquet: every response of the step
     history/         step-000001.parquet: responses and correct ones per group of the step, before rejection
 
@@ -257,7 +258,7 @@ def _finite(value: Any) -> Any:
 
 def _take(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
-    if any(path.iterdir()):
+    if any(item.name != "slurm" for item in path.iterdir()):  # slurm/: laid there before the run began
         raise UserError(
             f"run_dir={path} exists and is not empty; choose another, or go on with `or1 train --resume {path}`"
         )

@@ -1,0 +1,72 @@
+"""Where a run stands, by its folder: what to start, whether it moves, whether time is short. Standard library only."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+FLOOR_STALL_S = 3600.0
+SPARE_S = 60.0
+
+
+def newest_checkpoint(run: Path) -> int:
+    """Step of the newest complete checkpoint; -1: none."""
+    found = [path.parent.name for path in (run / "checkpoints").glob("step-*/driver.json")]
+    return max((int(name.rpartition("-")[2]) for name in found), default=-1)
+
+
+def metrics(run: Path) -> list[dict]:
+    """Rows of completed steps, a torn last line left out."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
+    return [row for row in map(json.loads, lines) if "seconds/step" in row]
+
+
+def command(run: Path, attempt: Path, job: dict) -> list[str]:
+    """What the driver is: a new run, one that goes on, or the program that was named instead.
+
+    A run that ended before its first checkpoint starts anew; what it left moves into the attempt's folder.
+    """
+    if job["program"]:
+        return [job["python"], job["program"], *job["overrides"]]
+    train = [job["python"], "-m", "or1_megatron", "train"]
+    stage = [f"steps={job['steps']}"] if job["steps"] else []
+    if newest_checkpoint(run) >= 0:
+        return [*train, "--resume", str(run), *stage]
+    left = [path for path in run.iterdir() if path.name != "slurm"]
+    if left:
+        aside = attempt / "before"
+        aside.mkdir()
+        for path in left:
+            path.rename(aside / path.name)
+    return [*train, str(run / "slurm" / job["recipe"]), *job["overrides"], *stage, f"run_dir={run}"]
+
+
+class Watch:
+    """Over one attempt's driver. `end` is the time limit, seconds since the epoch; `stall_s` 0 follows the steps."""
+
+    def __init__(self, run: Path, stall_s: float, end: float):
+        self.run, self._wanted_s, self._end = run, stall_s, end
+        self._begun = time.time()
+        self._asked = 0.0
+        self._step_s = self._save_s = 0.0
+
+    @property
+    def stall_s(self) -> float:
+        return self._wanted_s or max(FLOOR_STALL_S, 5 * self._step_s)
+
+    def time_is_short(self) -> bool:
+        """Whether another step, a save and a minute no longer fit before the end; by the longest of 20 steps."""
+        if time.time() - self._asked > 5:
+            self._asked = time.time()
+            rows = metrics(self.run)[-20:]
+            self._step_s = max((row["seconds/step"] for row in rows), default=0.0)
+            self._save_s = max((row.get("seconds/save", 0.0) for row in rows), default=0.0)
+        return bool(self._step_s) and time.time() > self._end - self._step_s - self._save_s - SPARE_S
+
+    def stalled(self) -> bool:
+        """Whether no step, checkpoint or process start has left a trace for `stall_s`."""
+        places = [self.run / "metrics.jsonl", self.run / "checkpoints", self.run / "logs", self.run / "rollouts"]
+        newest = max((path.stat().st_mtime for path in places if path.exists()), default=0.0)
+        return time.time() - max(newest, self._begun) > self.stall_s
