@@ -91,7 +91,7 @@ class Supervisor:
         wanted.update(settings(self.run / "slurm" / "cluster.env"))
         os.environ.update({name: os.environ.get(name, value) for name, value in wanted.items()})
         os.environ.pop("RAY_ADDRESS", None)  # of whoever's shell the job was submitted from
-        os.environ["OR1_ATTEMPT"] = str(self.attempt)
+        os.environ["OR1_RUN"], os.environ["OR1_ATTEMPT"] = str(self.run), str(self.attempt)
         os.environ["RAY_AUTH_MODE"] = "token"  # this job's own: nobody else's Ray takes us, ours takes nobody else
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(self.attempt.parent / ".token")
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH", "")]))

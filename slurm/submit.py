@@ -55,7 +55,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--start-minutes", type=float, default=10, help="for Ray to have every GPU; default 10")
     add("--object-store-gb", type=float, default=8, help="shared memory of Ray on each node; default 8")
     add("--gpu-memory-gb", type=float, default=80, help="of one GPU, for the check; default 80")
-    add("--program", default="", help="Python file to run in place of `or1 train`; RAY_ADDRESS names the cluster")
+    add("--program", default="", help="Python file to run in place of `or1 train`; it finds RAY_ADDRESS and OR1_RUN")
     add("--sbatch", action="append", default=[], metavar="OPTION", help="further option for sbatch, may be repeated")
     add("--dry-run", action="store_true", help="check, print plan and script; write and submit nothing")
     options, behind = parser.parse_known_args(arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -18,18 +17,15 @@ os.environ.setdefault("OR1_COMPILE", "0")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    marked = [item for item in items if item.get_closest_marker("gpu") or item.get_closest_marker("slurm")]
+    marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
     from or1_megatron.parallel.device import has_cuda
 
     no_gpu = pytest.mark.skip(reason="needs a CUDA device; this machine has none")
-    no_slurm = pytest.mark.skip(reason="needs Slurm's sbatch on PATH; this machine has none")
     for item in marked:
-        if item.get_closest_marker("gpu") and not has_cuda():
+        if not has_cuda():
             item.add_marker(no_gpu)
-        if item.get_closest_marker("slurm") and shutil.which("sbatch") is None:
-            item.add_marker(no_slurm)
 
 
 @pytest.fixture(scope="session")

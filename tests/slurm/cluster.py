@@ -1,0 +1,136 @@
+"""A real Slurm on this machine for a test, and jobs submitted to it as a user does."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPT = Path(__file__).with_name("cluster.sh")
+STUB = Path(__file__).with_name("stub_program.py")
+COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "ip", "unshare", "nsenter")
+
+
+def missing() -> str:
+    """Why no Slurm can be started here; empty when it can."""
+    if os.geteuid() != 0:
+        return "needs root, to give every node of a Slurm its own namespaces"
+    absent = [name for name in COMMANDS if shutil.which(name) is None]
+    if absent:
+        return f"needs {', '.join(absent)}: apt-get install --no-install-recommends slurm-wlm munge iproute2"
+    if subprocess.run(["unshare", "--net", "--mount", "--pid", "--fork", "true"], check=False).returncode:
+        return "needs leave to make namespaces (a container without CAP_SYS_ADMIN?)"
+    return ""
+
+
+class SlurmCluster:
+    """Context manager: starts nodes, stops them and everything in them."""
+
+    def __init__(self, shared: Path, nodes: int, gpus: int = 1, names: str = ""):
+        self.shared = shared
+        self.root = Path(f"/tmp/or1-slurm-{os.getpid()}-{time.monotonic_ns() % 10**6}")
+        self.names = names.split() or [f"node{i + 1}" for i in range(nodes)]
+        self._settings = {"NODES": str(nodes), "GPUS": str(gpus), "NAMES": names, "SHARED": f"{REPOSITORY} {shared}"}
+
+    def __enter__(self) -> SlurmCluster:
+        try:
+            subprocess.run([SCRIPT, "start", self.root], check=True, env={**os.environ, **self._settings}, timeout=90)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run([SCRIPT, "stop", self.root], check=False, timeout=60)
+
+    def login(
+        self, *command: str | Path, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command on the login node."""
+        return subprocess.run(
+            [self.root / "login", *command], check=False, capture_output=True, text=True, timeout=120,
+            cwd=cwd or self.shared, env={**os.environ, **environment},
+        )  # fmt: skip
+
+    def submit(self, recipe: Path, *words: str, cwd: Path | None = None, **environment: str) -> Job:
+        """Submits by slurm/submit.py into a folder of its own; asserts that it was taken."""
+        number = len(list(self.shared.glob("run-*")))
+        run = self.shared / f"run-{number}"
+        done = self.try_submit(recipe, f"--run-dir={run}", *words, cwd=cwd, **environment)
+        assert done.returncode == 0, done.stderr
+        return Job(self, run, (run / "slurm" / "jobs").read_text().split()[-1])
+
+    def try_submit(
+        self, recipe: Path, *words: str, cwd: Path | None = None, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        script = REPOSITORY / "slurm" / "submit.py"
+        options = (f"--python={sys.executable}", "--object-store-gb=0.1", "--time=30", "--lead=5", "--gpus-per-node=1")
+        return self.login("python3", script, recipe, *options, *words, cwd=cwd, **environment)
+
+    def stub(self, recipe: Path, *words: str, steps: int = 400, cwd: Path | None = None, **environment: str) -> Job:
+        return self.submit(recipe, f"--program={STUB}", *words, cwd=cwd, STUB_STEPS=str(steps), **environment)
+
+    def pid(self, name: str, what: str = "pid") -> int:
+        return int((self.root / "run" / f"{name}.{what}").read_text())
+
+    def boot(self, name: str) -> None:
+        subprocess.run([self.root / "boot", str(self.names.index(name))], check=True)
+
+    def on(self, name: str, *command: str) -> subprocess.Popen[bytes]:
+        """Starts a command in the node's namespaces, as another program of that node."""
+        inside = self.pid(name, "slurmd")
+        return subprocess.Popen(["nsenter", f"--target={inside}", "--net", "--pid", "--mount", "--uts", *command])
+
+
+class Job:
+    """One submitted job."""
+
+    def __init__(self, cluster: SlurmCluster, run: Path, id: str):
+        self.cluster, self.run, self.id = cluster, run, id
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text() for path in (self.run / "slurm").glob("*.out"))
+
+    def show(self, field: str) -> str:
+        text = self.cluster.login("scontrol", "show", "job", self.id).stdout
+        found = [word.partition("=")[2] for word in text.split() if word.startswith(f"{field}=")]
+        return found[0] if found else ""
+
+    def rows(self) -> list[dict]:
+        path = self.run / "metrics.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+    def await_steps(self, steps: int, timeout_s: float = 150) -> None:
+        self._await(lambda: len(self.rows()) >= steps, f"{steps} steps", timeout_s)
+
+    def await_state(self, *states: str, timeout_s: float = 150) -> str:
+        self._await(lambda: self.show("JobState") in states, f"state {states}", timeout_s)
+        return self.show("JobState")
+
+    def await_text(self, text: str, timeout_s: float = 150) -> None:
+        self._await(lambda: text in self.log, text, timeout_s)
+
+    def hosts(self) -> list[str]:
+        return self.cluster.login("scontrol", "show", "hostnames", self.show("NodeList")).stdout.split()
+
+    def _await(self, reached, what: str, timeout_s: float) -> None:  # noqa: ANN001
+        deadline = time.monotonic() + timeout_s
+        while not reached():
+            assert time.monotonic() < deadline, f"not in {timeout_s} s: {what}\n{self.log}\n{self.tails()}"
+            if self.show("JobState") == "PENDING":  # a requeued job waits for two minutes
+                self.cluster.login("scontrol", "update", f"JobId={self.id}", "StartTime=now")
+            time.sleep(0.5)
+
+    def tails(self) -> str:
+        logs = sorted(self.run.glob("slurm/job-*/attempt-*/*.log"))
+        return "\n".join(f"{path.relative_to(self.run)}: {path.read_text()[-600:]}" for path in logs)
+
+    def cancel(self) -> None:
+        self.cluster.login("scancel", self.id)
+        self.await_state("CANCELLED", "COMPLETED", "FAILED", timeout_s=60)
