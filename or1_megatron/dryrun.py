@@ -4,7 +4,11 @@ Memory of one rank, bytes, by Megatron's distributed optimizer in bf16: weights 
 rank's shard, optimizer 12 (main weight and two moments, fp32) spread over its data- and context-parallel peers.
 Activations of a micro-batch of t tokens, H hidden, 2-byte numbers: about 34 t H a layer, all over tp (sequence
 parallel) and t over cp; with full recomputation 2 t H a layer kept and one layer whole. Estimates, within some 20 %,
-without the allocator's slack and what an engine on the same device takes.
+without the allocator's slack.
+
+Memory of one engine: its weights whole (an engine has one GPU), RESERVE for graphs and activations, and the KV cache in
+what is left of rollout.gpu_memory_utilization: 2 (keys, values) x layers x KV heads x head size numbers a token. When
+actor and engines are colocated only one of them is there in full, except that both have their weights during a push.
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ from or1_megatron.architecture import Architecture, check_degrees, read_architec
 from or1_megatron.config import Config
 
 _LOGITS_CHUNK = 192 << 20  # parallel/vocab_head.py on a GPU
+GPU_BYTES = 80e9  # H800
+RESERVE = 2.5e9
 
 
 def memory_per_rank(config: Config, architecture: Architecture) -> dict[str, float]:
@@ -31,6 +37,60 @@ def memory_per_rank(config: Config, architecture: Architecture) -> dict[str, flo
         "optimizer": 12 * shard / (config.dp * parallel.cp),
         "activations": kept + _LOGITS_CHUNK,
     }
+
+
+def memory_per_engine(config: Config, architecture: Architecture, gpu_bytes: float = GPU_BYTES) -> dict[str, float]:
+    """Bytes by part on a GPU of `gpu_bytes`, and bytes of the keys and values of one token; see above."""
+    a = architecture
+    number = 4 if config.engine_dtype == "fp32" else 2
+    weights = number * a.num_parameters
+    return {
+        "weights": weights,
+        "kv cache": config.rollout.gpu_memory_utilization * gpu_bytes - weights - RESERVE,
+        "kv of a token": 2 * a.num_layers * a.num_kv_heads * a.head_dim * 2,
+    }
+
+
+def gpu_peaks(config: Config, architecture: Architecture, gpu_bytes: float = GPU_BYTES) -> dict[str, float]:
+    """What is done -> bytes on the GPU that does it. placement=auto counts as colocated, which needs more."""
+    actor, engine = memory_per_rank(config, architecture), memory_per_engine(config, architecture, gpu_bytes)
+    peaks = {"update": sum(actor.values()), "rollout": config.rollout.gpu_memory_utilization * gpu_bytes}
+    if config.rollout.placement != "separate":
+        peaks["push"] = actor["weights"] + engine["weights"]
+    return peaks
+
+
+def unfit(config: Config, architecture: Architecture, gpu_bytes: float = GPU_BYTES) -> str:
+    """What does not fit a GPU of `gpu_bytes`, and what to change; empty when all does."""
+    peaks, engine = gpu_peaks(config, architecture, gpu_bytes), memory_per_engine(config, architecture, gpu_bytes)
+    cure = {
+        "update": "raise parallel.tp, pp or cp, or model.recompute=full",
+        "push": "set rollout.placement=separate, or raise parallel.tp",
+        "rollout": "lower rollout.gpu_memory_utilization",
+    }
+    for phase, size in peaks.items():
+        if size > 0.96 * gpu_bytes:
+            return f"{phase} needs {size / 1e9:.1f} of {gpu_bytes / 1e9:.0f} GB: {cure[phase]}"
+    longest = config.rollout.context_length * engine["kv of a token"]
+    if engine["kv cache"] < longest:
+        return (
+            f"an engine has {max(0.0, engine['kv cache']) / 1e9:.1f} GB for its KV cache, one response of "
+            f"{config.rollout.context_length} tokens needs {longest / 1e9:.1f}: raise rollout.gpu_memory_utilization, "
+            "or lower rollout.context_length"
+        )
+    return ""
+
+
+def _gpu_lines(config: Config, architecture: Architecture) -> list[str]:
+    """The same for a GPU of 80 GB, engine and actor together."""
+    engine, peaks = memory_per_engine(config, architecture), gpu_peaks(config, architecture)
+    held = engine["kv cache"] / engine["kv of a token"] / config.rollout.context_length
+    phases = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in peaks.items())
+    return [
+        f"memory per engine on a GPU of 80 GB: weights {engine['weights'] / 1e9:.1f} GB, KV cache "
+        f"{max(0.0, engine['kv cache']) / 1e9:.1f} GB = {max(0.0, held):.1f} responses of full length at once",
+        f"a GPU of 80 GB by phase, GB: {phases}; {unfit(config, architecture) or 'fits'}",
+    ]
 
 
 def plan_lines(config: Config) -> list[str]:
@@ -66,4 +126,5 @@ def plan_lines(config: Config) -> list[str]:
     check_degrees(architecture, tp=parallel.tp, pp=parallel.pp)
     parts = memory_per_rank(widest, architecture)
     listed = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items())
-    return [*lines, f"memory per actor rank, estimated: {sum(parts.values()) / 2**30:.2f} GiB ({listed})"]
+    lines.append(f"memory per actor rank, estimated: {sum(parts.values()) / 2**30:.2f} GiB ({listed})")
+    return lines + _gpu_lines(widest, architecture)

@@ -199,6 +199,8 @@ class Supervisor:
 
     def end(self, ended: Ended) -> int:
         """Says how it ended where the others look, then ends this node's processes."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         print(f"node {self.name} ends: {ended}", flush=True)
         current = (self.attempt.parent / "current").read_text().strip()
         if current == self.attempt.name:
@@ -217,8 +219,8 @@ class Supervisor:
 
 
 def end_processes(attempt: Path, children: dict[str, subprocess.Popen]) -> None:
-    """TERM, then KILL, to everything on this node that carries the attempt's mark."""
-    for number, seconds in ((signal.SIGTERM, 8.0), (signal.SIGKILL, 2.0)):
+    """TERM, then KILL (Ray would drain for 30 s), to everything on this node that carries the attempt's mark."""
+    for number, seconds in ((signal.SIGTERM, 3.0), (signal.SIGKILL, 3.0)):
         end = time.monotonic() + seconds
         for pid in marked(attempt):
             try:

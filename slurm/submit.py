@@ -83,7 +83,7 @@ def recipes_and_overrides(options: argparse.Namespace) -> tuple:
 
 def resolve(recipe: str, overrides: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """The recipe's facts by the job's Python; without one here {"name"}: the job then checks it first of all."""
-    command = [options.python, str(HERE / "resolve.py"), recipe, *overrides]
+    command = [options.python, str(HERE / "resolve.py"), str(options.gpu_memory_gb), recipe, *overrides]
     environment = dict(os.environ, PYTHONPATH=str(ROOT))
     usable = not options.container_image and shutil.which(options.python)
     if usable:
@@ -117,9 +117,8 @@ def check_plan(facts: dict[str, Any], options: argparse.Namespace) -> None:
     if math.ceil(most / options.gpus_per_node) < options.nodes:
         fitting = math.ceil(most / options.gpus_per_node)
         raise Refused(f"{words} uses {most} of {gpus} GPUs; use --nodes {fitting}, or more of both")
-    if facts["memory_gib"] * 2**30 > options.gpu_memory_gb * 1e9:
-        needed, has = facts["memory_gib"] * 2**30 / 1e9, options.gpu_memory_gb
-        raise Refused(f"an actor rank needs about {needed:.0f} GB, a GPU has {has:g}: raise parallel.tp, cp or pp")
+    if facts["unfit"]:
+        raise Refused(facts["unfit"])
     for path in facts["missing"]:
         print(f"note: {path} does not exist here; the nodes must have it under this name")
 

@@ -1,0 +1,111 @@
+"""What becomes of a job when something happens to it or its nodes; the table in docs/clusters.md says the same.
+
+The driver is a stub that counts steps and saves each, so that "resumed at the right step" is one comparison.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Job, SlurmCluster
+
+pytestmark = [pytest.mark.slurm, pytest.mark.slurm_long]
+TWO_NODES = ("--nodes=2", "rollout.placement=colocated")
+
+
+@pytest.fixture
+def job(slurm: SlurmCluster, recipe: Path):  # noqa: ANN201
+    """A stub run on two of the four nodes that has taken two steps."""
+    job = slurm.stub(recipe, *TWO_NODES)
+    job.await_steps(2)
+    yield job
+    job.cancel()
+
+
+def resumed(job: Job) -> None:
+    """Another attempt has gone on after the last step of the one before: none lost, none twice."""
+    before = len(job.rows())
+    job._await(lambda: job.rows()[-1]["attempt"] == "1", "steps of a second attempt", 200)
+    rows = job.rows()
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), rows
+    assert before <= sum(row["attempt"] == "0" for row in rows) < len(rows)
+    assert job.show("Restarts") == "1"
+
+
+def left_on(slurm: SlurmCluster, job: Job, names: list[str]) -> list[str]:
+    """Processes of the job on these nodes."""
+    script = f"cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -a OR1_ATTEMPT={job.run} || true"
+    found = []
+    for name in names:
+        inside = slurm.pid(name, "slurmd")
+        command = f'nsenter --target={inside} --pid --mount bash -c "{script}"'
+        found += [f"{name}: {line}" for line in os.popen(command).read().splitlines()]
+    return found
+
+
+def nothing_left(slurm: SlurmCluster, job: Job, names: list[str], timeout_s: float = 40) -> None:
+    deadline = time.monotonic() + timeout_s
+    while (left := left_on(slurm, job, names)) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert not left, left
+
+
+def test_usr1_saves_and_requeues(slurm: SlurmCluster, job: Job) -> None:
+    slurm.login("scancel", "--batch", "--signal=USR1", job.id)
+    job.await_text("requeued")
+    assert "saved step" in job.log
+    resumed(job)
+
+
+def test_scancel_ends_everything(slurm: SlurmCluster, job: Job) -> None:
+    names = job.hosts()
+    slurm.login("scancel", job.id)
+    assert job.await_state("CANCELLED", "PENDING", "REQUEUED", timeout_s=60) == "CANCELLED"
+    nothing_left(slurm, job, names)
+    assert (job.run / "slurm" / f"job-{job.id}" / "attempt-0" / "end").read_text().startswith("143 cancelled")
+
+
+def test_preemption(slurm: SlurmCluster, job: Job) -> None:
+    slurm.login("sbatch", "--partition=high", "--nodes=4", "--exclusive", "--time=1", "--wrap=sleep 3")
+    job.await_text("attempt 1")
+    resumed(job)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["head", "worker"])
+def test_power_cut(slurm: SlurmCluster, job: Job, which: int) -> None:
+    victim = job.hosts()[which]
+    os.kill(slurm.pid(victim), signal.SIGKILL)
+    try:
+        resumed(job)
+        assert victim not in job.hosts()
+    finally:
+        slurm.boot(victim)
+
+
+def test_slurmd_dies_and_leaves_tasks(slurm: SlurmCluster, job: Job) -> None:
+    victim = job.hosts()[1]
+    inside = slurm.pid(victim)
+    os.kill(slurm.pid(victim, "slurmd"), signal.SIGKILL)
+    try:
+        resumed(job)
+        assert victim not in job.hosts()
+    finally:
+        os.kill(inside, signal.SIGKILL)
+        slurm.boot(victim)
+
+
+def test_a_driver_that_always_fails_is_given_up(slurm: SlurmCluster, recipe: Path) -> None:
+    job = slurm.stub(recipe, *TWO_NODES, STUB_FAIL="1")
+    assert job.await_state("FAILED", timeout_s=240) == "FAILED"
+    assert "3 attempts in turn brought no checkpoint" in job.log and "the stub fails as it was told" in job.log
+
+
+def test_input_at_fault_is_not_tried_again(slurm: SlurmCluster, recipe: Path) -> None:
+    job = slurm.stub(recipe, *TWO_NODES, STUB_FAIL="2")
+    job.await_state("FAILED", timeout_s=120)
+    assert job.show("Restarts") == "0" and job.show("ExitCode") == "2:0", job.log
