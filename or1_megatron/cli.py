@@ -84,6 +84,12 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="recipe file, then overrides")
     _add_verify(commands)
     _add_convert(commands)
+    status = commands.add_parser("status", help="where a run or a Slurm job stands")
+    status.add_argument("target", metavar="JOB|RUN", help="job id or run folder")
+    logs = commands.add_parser("logs", help="last lines of a run's logs")
+    logs.add_argument("target", metavar="JOB|RUN", help="job id or run folder")
+    logs.add_argument("name", nargs="?", metavar="LOG", help="rank0, engine0, node1, ...; default: the driver's")
+    logs.add_argument("-n", metavar="N", type=int, default=20, dest="count", help="lines; default 20")
     commands.add_parser("doctor", help="check this machine, with a fix for whatever is wrong")
     return parser
 
@@ -213,6 +219,20 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _status(options: argparse.Namespace) -> int:
+    from or1_megatron.status import find_run, status_lines
+
+    print("\n".join(status_lines(find_run(options.target))))
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from or1_megatron.status import find_run, log_lines
+
+    print("\n".join(log_lines(find_run(options.target), options.name, options.count)))
+    return 0
+
+
 def _recipe_and_overrides(words: list[str], command: str) -> tuple[str, list[str]]:
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
         raise UserError(
@@ -233,6 +253,8 @@ COMMANDS = {
     "verify": _verify,
     "convert": _convert,
     "export": _export,
+    "status": _status,
+    "logs": _logs,
     "doctor": _doctor,
 }
 

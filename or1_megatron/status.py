@@ -1,0 +1,169 @@
+"""`or1 status JOB|RUN` and `or1 logs JOB|RUN`: where a run stands, by its folder and, for a job, by Slurm.
+
+What a run did is in its folder; Slurm is asked for what it will do. One empty answer of squeue is not the end of a job:
+it is asked again, then the job's record and the accounting are, and the attempt's own last word counts.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from or1_megatron.errors import UserError
+
+_ASK_AGAIN_S = 2.0
+_LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What Slurm says of one job; empty where nobody knows it any more."""
+
+    state: str = ""
+    left: str = ""
+    reason: str = ""
+
+
+def find_run(target: str) -> Path:
+    """The run folder of a path or of a job id. Raises UserError when there is none."""
+    path = Path(target)
+    if path.is_dir():
+        if (path / "config.yaml").is_file() or (path / "slurm" / "job.json").is_file():
+            return path
+        raise UserError(f"{path} is no run folder: it holds neither config.yaml nor slurm/job.json")
+    if not target.isdigit():
+        raise UserError(f"{target} is neither a run folder nor a job id")
+    record = _ask("scontrol", "show", "job", "-o", target) or ""
+    found = [Path(word.partition("=")[2]) for word in record.split() if word.startswith("WorkDir=")]
+    for run in [*found, *(jobs.parents[1] for jobs in Path("runs").glob("*/slurm/jobs"))]:
+        if (run / "slurm" / "jobs").is_file() and target in (run / "slurm" / "jobs").read_text().split():
+            return run
+    raise UserError(f"job {target}: Slurm knows no run of it, nor does runs/; give the run folder")
+
+
+def status_lines(run: Path) -> list[str]:
+    """What `or1 status` prints."""
+    job = _json(run / "slurm" / "job.json")
+    config: Any = yaml.safe_load(_text(run / "config.yaml") or _text(run / "slurm" / "recipe.yaml")) or {}
+    lines = [f"run       {run}", f"name      {config.get('name', job.get('name', '?'))}"]
+    rows = [row for row in _metrics(run) if "seconds/step" in row]
+    saved = sorted(path.parent.name for path in run.glob("checkpoints/step-*/driver.json"))
+    newest = int(saved[-1].rpartition("-")[2]) if saved else 0
+    total = config.get("steps", "?")
+    if rows:
+        last = rows[-1]
+        recent = [row["seconds/step"] for row in rows[-8:]]
+        mean = sum(recent) / len(recent)
+        left = f", about {(total - last['step']) * mean / 60:.0f} minutes to go" if isinstance(total, int) else ""
+        lines.append(
+            f"step      {last['step']} of {total}; checkpoint after {newest or 'none'}; {mean:.1f} s a step{left}"
+        )
+        lines.append(
+            f"reward    {_number(last, 'reward/mean', '.3f')}, entropy {_number(last, 'entropy/signal', '.3f')}"
+        )
+        age = time.time() - (run / "metrics.jsonl").stat().st_mtime
+        lines.append(
+            f"speed     {_number(last, 'tokens_per_second', '.0f')} tokens/s; last step {age / 60:.1f} minutes ago"
+        )
+    else:
+        lines.append(f"step      0 of {total}")
+    for id in _text(run / "slurm" / "jobs").split():
+        lines += _job_lines(run, id)
+    return lines
+
+
+def _job_lines(run: Path, id: str) -> list[str]:
+    attempts = sorted((run / "slurm" / f"job-{id}").glob("attempt-*"), key=_number_of)
+    said = _text(attempts[-1] / "end").strip() if attempts else ""
+    found = ask_slurm(id)
+    if found.state in _LIVE:
+        left = f", {found.left} to the time limit" if found.left and found.state == "RUNNING" else ""
+        state = f"{found.state}{left}{f' ({found.reason})' if found.reason not in ('', 'None') else ''}"
+    elif found.state:
+        state = found.state
+    elif said and not said.startswith("requeued"):
+        state = "ended"
+    else:
+        state = "not known to Slurm any more, and its last attempt has not said that it ended"
+    lines = [f"job       {id}: {state}; attempts {len(attempts)}"]
+    ends = [(path.name, _text(path / "end").strip()) for path in attempts]
+    lines += [f"          {name}: {end}" for name, end in ends[-5:] if end]
+    return lines
+
+
+def ask_slurm(id: str, again: int = 3) -> JobState:
+    """squeue, asked again when it is empty or fails; then the controller's record; then the accounting."""
+    if shutil.which("squeue") is None:
+        return JobState()
+    for attempt in range(again):
+        answer = (_ask("squeue", "-h", "-j", id, "-o", "%T|%L|%r") or "").strip()
+        if answer:
+            return JobState(*answer.splitlines()[0].split("|"))
+        if attempt + 1 < again:
+            time.sleep(_ASK_AGAIN_S)
+    record = dict(
+        word.split("=", 1) for word in (_ask("scontrol", "show", "job", "-o", id) or "").split() if "=" in word
+    )
+    if "JobState" in record:
+        return JobState(record["JobState"], "", record.get("Reason", ""))
+    answer = (_ask("sacct", "-n", "-X", "-P", "-j", id, "-o", "State") or "").split()
+    return JobState(answer[0]) if answer else JobState()
+
+
+def log_lines(run: Path, name: str | None, count: int) -> list[str]:
+    """What `or1 logs` prints: the last lines of one log, or of the newest attempt's and what other logs there are.
+
+    Raises UserError when there is no such log.
+    """
+    attempts = sorted(run.glob("slurm/job-*/attempt-*"), key=lambda path: path.stat().st_mtime)
+    logs = [*(sorted(attempts[-1].glob("*.log")) if attempts else []), *sorted((run / "logs").glob("*.log"))]
+    outputs = sorted((run / "slurm").glob("*.out"))
+    known = {path.stem: path for path in [*outputs, *logs]}
+    if name is None:
+        chosen = [path for stem, path in known.items() if stem.startswith("driver-")] + outputs[-1:]
+        if not chosen:
+            chosen = logs[:1]
+    else:
+        chosen = [path for stem, path in known.items() if stem in (name, f"driver-{name}", f"node-{name}")]
+    if not chosen:
+        raise UserError(f"{run} has no log {name or ''}; there are {', '.join(known) or 'none'}")
+    lines: list[str] = []
+    for path in chosen:
+        lines += [f"==> {path}", *path.read_text(errors="replace").splitlines()[-count:]]
+    return [*lines, f"logs: {', '.join(known)}"]
+
+
+def _metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _text(run / "metrics.jsonl").split("\n")[:-1]]
+
+
+def _number(row: dict[str, Any], name: str, form: str) -> str:
+    value = row.get(name)
+    return "-" if value is None else format(value, form)
+
+
+def _number_of(path: Path) -> int:
+    return int(path.name.rpartition("-")[2])
+
+
+def _text(path: Path) -> str:
+    return path.read_text(errors="replace") if path.is_file() else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(_text(path) or "{}")
+
+
+def _ask(*words: str) -> str | None:
+    """What a command of Slurm's prints; None where it fails or is not there."""
+    if shutil.which(words[0]) is None:
+        return None
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    return done.stdout if done.returncode == 0 else None

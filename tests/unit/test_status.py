@@ -1,0 +1,81 @@
+"""`or1 status` and `or1 logs`, with a Slurm that answers as it does: late, with nothing, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from or1_megatron import cli, status
+from or1_megatron.status import JobState, ask_slurm, status_lines
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run of one job: a failed attempt and one that goes on."""
+    run = tmp_path / "run"
+    for number in (0, 1):
+        (run / "slurm" / "job-7" / f"attempt-{number}").mkdir(parents=True)
+    (run / "slurm" / "job-7" / "attempt-0" / "end").write_text("requeued node3: no answer\n")
+    (run / "slurm" / "job-7" / "attempt-1" / "driver-node1.log").write_text("".join(f"line {i}\n" for i in range(50)))
+    (run / "slurm" / "jobs").write_text("7\n")
+    (run / "slurm" / "job.json").write_text("{}")
+    (run / "config.yaml").write_text("name: tiny\nsteps: 10\n")
+    row = {"step": 4, "reward/mean": 0.25, "entropy/signal": 0.5, "tokens_per_second": 123.0, "seconds/step": 30.0}
+    (run / "metrics.jsonl").write_text(json.dumps(row) + "\n" + '{"step": 5, "rewa')
+    (run / "checkpoints" / "step-000004").mkdir(parents=True)
+    (run / "checkpoints" / "step-000004" / "driver.json").write_text("{}")
+    return run
+
+
+def answers(monkeypatch: pytest.MonkeyPatch, **said: list[str]) -> None:
+    """Slurm's commands, by name: each call takes the next answer; the last one stays."""
+    monkeypatch.setattr(status, "_ASK_AGAIN_S", 0.0)
+    monkeypatch.setattr(status.shutil, "which", lambda name: name)
+
+    def ask(*words: str) -> str:
+        left = said.get(words[0], [""])
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    monkeypatch.setattr(status, "_ask", ask)
+
+
+def test_state_step_reward_and_attempts(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, squeue=["RUNNING|3:02:11|None\n"])
+    text = "\n".join(status_lines(run))
+    assert "step      4 of 10; checkpoint after 4; 30.0 s a step, about 3 minutes to go" in text
+    assert "reward    0.250, entropy 0.500" in text and "123 tokens/s" in text
+    assert "job       7: RUNNING, 3:02:11 to the time limit; attempts 2" in text
+    assert "attempt-0: requeued node3: no answer" in text
+
+
+def test_one_empty_answer_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, squeue=["", "PENDING|1:00:00|BeginTime\n"])
+    assert ask_slurm("7") == JobState("PENDING", "1:00:00", "BeginTime")
+
+
+def test_records_are_asked_when_the_queue_stays_empty(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, scontrol=["JobId=7 JobState=CANCELLED Reason=None\n"])
+    assert ask_slurm("7").state == "CANCELLED"
+    answers(monkeypatch, sacct=["COMPLETED\n"])
+    assert ask_slurm("7").state == "COMPLETED"
+    answers(monkeypatch)
+    assert "has not said that it ended" in status_lines(run)[-2]
+    (run / "slurm" / "job-7" / "attempt-1" / "end").write_text("0 done\n")
+    assert "job       7: ended; attempts 2" in status_lines(run)
+
+
+def test_a_job_is_found_by_its_id(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    answers(monkeypatch, scontrol=[f"JobId=7 JobState=RUNNING WorkDir={run} StdOut=x\n"])
+    assert cli.main(["status", "7"]) == 0 and str(run) in capsys.readouterr().out
+    assert cli.main(["status", "8"]) == 2 and "job 8" in capsys.readouterr().err
+    assert cli.main(["status", str(run.parent)]) == 2 and "is no run folder" in capsys.readouterr().err
+
+
+def test_logs(run: Path, capsys: pytest.CaptureFixture) -> None:
+    assert cli.main(["logs", str(run), "-n", "2"]) == 0
+    assert "line 48\nline 49" in (out := capsys.readouterr().out) and "line 47" not in out
+    assert cli.main(["logs", str(run), "node1"]) == 0
+    capsys.readouterr()
+    assert cli.main(["logs", str(run), "rank9"]) == 2 and "there are driver-node1" in capsys.readouterr().err
