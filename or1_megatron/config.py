@@ -17,6 +17,7 @@ from or1_megatron.sections import (
     ModelConfig,
     OptimizerConfig,
     ParallelConfig,
+    ProfilingConfig,
     RewardConfig,
     RolloutConfig,
     StageConfig,
@@ -53,6 +54,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    profiling: ProfilingConfig = field(default_factory=ProfilingConfig)
 
     def in_stage(self, index: int) -> Config:
         """The configuration of one stage, without a table of its own; index 0 of no stages is the whole run."""

@@ -9,7 +9,7 @@ from or1_megatron.architecture import Architecture, check_degrees, read_architec
 from or1_megatron.config import Config
 from or1_megatron.data.prompts import load_prompts, load_tokenizer
 from or1_megatron.errors import UserError
-from or1_megatron.parallel.device import use_transformer_engine
+from or1_megatron.parallel.device import has_cuda, use_transformer_engine
 from or1_megatron.parallel.megatron_files import open_weights
 from or1_megatron.types import Prompt
 
@@ -30,6 +30,8 @@ def check_inputs(config: Config) -> tuple[Architecture, list[list[Prompt]], list
     use_transformer_engine(config.model.transformer_impl)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"wandb={config.wandb} needs the package wandb: pip install 'or1_megatron[wandb]'")
+    if config.profiling.tool == "nsys" and not has_cuda():
+        raise UserError("profiling.tool=nsys needs a CUDA device, there is none here; use torch")
     with open_weights(Path(config.model.path), architecture):
         pass  # opening them is the check
     tokenizer = load_tokenizer(config.model.path, architecture)

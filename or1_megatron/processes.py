@@ -7,24 +7,38 @@ ignores Ctrl-C, which a terminal sends to the whole process group: the driver al
 from __future__ import annotations
 
 import faulthandler
+import functools
 import os
 import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from or1_megatron.config import Config
 from or1_megatron.parallel import device
 from or1_megatron.parallel.bucket import Bucket, TensorSlot
+from or1_megatron.profiling.profilers import Profiler
+from or1_megatron.profiling.spans import Record, Spans, clock
 from or1_megatron.rollout.engine import EngineSpec
 from or1_megatron.rollout.worker import RolloutWorker
 
 
+def _spanned(method: Callable) -> Callable:
+    """A call from the driver is a span of this process, under the method's name."""
+
+    @functools.wraps(method)
+    def timed(self: _Process, *args: Any, **kwargs: Any) -> Any:
+        with self.spans.span(method.__name__):
+            return method(self, *args, **kwargs)
+
+    return timed
+
+
 class _Process:
-    def __init__(self, log: str):
+    def __init__(self, log: str, record: bool = True):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         Path(log).parent.mkdir(parents=True, exist_ok=True)
         sys.stdout.flush()
@@ -34,6 +48,16 @@ class _Process:
         os.dup2(file, 2)
         os.close(file)
         faulthandler.enable()
+        self.spans = Spans(enabled=record, idle=True)
+
+    def clock(self) -> tuple[str, int]:
+        return clock()
+
+    def drain(self) -> Record:
+        """What this process has recorded since the last call; see profiling/spans.py."""
+        record = self.spans.drain()
+        record.peak_bytes = device.take_peak_memory()
+        return record
 
     def host(self) -> str:
         return socket.gethostname()
@@ -71,23 +95,37 @@ class ActorRank(_Process):
         device.init_process_group(meeting_point, rank, config.parallel.num_ranks, config.parallel.timeout_s)
         from or1_megatron.actor.actor import MegatronActor  # megatron binds CUDA names at import: after install()
 
-        self.actor = MegatronActor(config, rank)
+        self.spans.marks = device.range_marks() if config.profiling.tool == "nsys" else None
+        self.actor = MegatronActor(config, rank, self.spans)
 
+    @_spanned
     def release(self, parts: list[str]) -> None:
         self.actor.release(parts)
 
+    @_spanned
     def restore(self, parts: list[str]) -> None:
         self.actor.restore(parts)
 
     def call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.actor, method)(*args, **kwargs)
+        with self.spans.span(method):
+            return getattr(self.actor, method)(*args, **kwargs)
+
+    def start_profiler(self, tool: str, file: Path) -> None:
+        """See profiling/profilers.py."""
+        self._profiler = Profiler(tool, file)
+        self._profiler.start()
+
+    def stop_profiler(self) -> None:
+        self._profiler.stop()
 
     def weight_buckets(self, bucket_bytes: int) -> Iterator[Bucket]:
-        yield from self.actor.weights.buckets(bucket_bytes)
+        with self.spans.span("weight_buckets"):
+            yield from self.actor.weights.buckets(bucket_bytes)
 
     def attach_weights(self, path: Path, buckets: list[tuple[TensorSlot, ...]]) -> None:
         self.actor.weights.attach(path, buckets)
 
+    @_spanned
     def write_weights(self, index: int, checksums: bool) -> dict[str, int]:
         return self.actor.weights.write(index, checksums=checksums)
 
@@ -96,31 +134,39 @@ class EngineProcess(_Process):
     """One vLLM engine."""
 
     def start(self, spec: EngineSpec) -> None:
-        self.worker = RolloutWorker(spec)
+        self.worker = RolloutWorker(spec, self.spans)
 
+    @_spanned
     def release(self, parts: list[str]) -> None:
         self.worker.release(parts)
 
+    @_spanned
     def restore(self, parts: list[str]) -> None:
         self.worker.restore(parts)
 
     def generate(self, prompts: list, group_size: int, sampling: Any) -> Iterator[Any]:
-        yield from self.worker.generate(prompts, group_size, sampling)
+        with self.spans.span("generate"):
+            yield from self.worker.generate(prompts, group_size, sampling)
 
     def attach_weights(self, path: Path, buckets: list[tuple[TensorSlot, ...]]) -> None:
         self.worker.attach_weights(path, buckets)
 
+    @_spanned
     def receive_written(self, index: int, checksums: dict[str, int]) -> None:
         self.worker.receive_written(index, checksums)
 
+    @_spanned
     def begin_weights(self, version: int) -> None:
         self.worker.begin_weights(version)
 
+    @_spanned
     def receive_bucket(self, bucket: Bucket) -> None:
         self.worker.receive_bucket(bucket)
 
+    @_spanned
     def finish_weights(self) -> None:
         self.worker.finish_weights()
 
+    @_spanned
     def prompt_log_probs(self, tokens: list[int]) -> list[float]:
         return self.worker.prompt_log_probs(tokens)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from or1_megatron import runstate
 from or1_megatron.architecture import Architecture
@@ -23,6 +24,7 @@ from or1_megatron.rl.entropy import EntropyController
 from or1_megatron.rl.stages import Stages, solved
 from or1_megatron.runfolder import RunFolder
 from or1_megatron.runstate import RunState
+from or1_megatron.timeline import Timeline
 from or1_megatron.types import Prompt
 from or1_megatron.update import Updater
 
@@ -45,6 +47,7 @@ class Run:
         self.config, self.architecture, self.folder = config, architecture, folder
         self.cluster, self.rewards, self.display, self.stop = cluster, rewards, display, stop
         self.spans = Spans()
+        self.timeline = Timeline(folder, cluster, rewards, self.spans)
         self.stream = PromptMixture(sources, config.data.weights or [1.0], config.data.seed)
         self.stages = Stages(config)
         self.controller = entropy_controller(config)
@@ -66,6 +69,7 @@ class Run:
 
     def enter(self, step: int) -> Config:
         """The configuration of the stage that `step` belongs to; at its first step also what a stage start does."""
+        self.timeline.begin(step)
         before = self.stages.first_step
         if self.stages.moves_on(step):
             if self.config.drop_solved:
@@ -81,7 +85,8 @@ class Run:
 
     def finish(self, step: int, rollout: Rollout) -> dict[str, float]:
         """Takes note of a completed step: history, stage and the state that a checkpoint holds."""
-        self.folder.save_history(step, rollout.generated)
+        with self.spans.span("history"):
+            self.folder.save_history(step, rollout.generated)
         short = shortfall(self.stages.config, rollout)
         if short:
             self.display.message(f"step {step}: {short}")
@@ -139,18 +144,36 @@ class Run:
     def entropy(self, rollout: Rollout) -> float:
         """e_k, over every sample of the rollout buffer."""
         vocabulary = self.config.entropy.signal == "vocabulary"
-        return self.updater.vocabulary_entropy(rollout) if vocabulary else sampled_entropy(rollout)
+        with self.spans.span("entropy"):
+            return self.updater.vocabulary_entropy(rollout) if vocabulary else sampled_entropy(rollout)
 
-    def record(self, step: int, metrics: dict[str, float], rollout: Rollout) -> None:
-        seconds = self.spans.take()
+    def record(self, step: int, metrics: dict[str, Any], rollout: Rollout) -> None:
+        """Writes down a step that has ended. The time this takes is in the next step's line."""
+        seconds = paper_seconds(self.spans.take())
         metrics |= self.rewards.take_metrics()
         metrics |= seconds | {"tokens_per_second": metrics.get("tokens", 0) / seconds["seconds/step"]}
+        metrics["tokens_per_second/rollout"] = (
+            sum(len(sample.tokens) for sample in rollout.samples) / seconds["seconds/rollout"]
+        )
         if "flops" in metrics:
             peak = self._peak_flops * self.config.parallel.num_ranks
             metrics["mfu"] = metrics.pop("flops") / (seconds["seconds/update"] * peak)
-        self.folder.save_rollouts(step, rollout.generated)
-        self.folder.log_metrics(step, metrics)
-        self.display.step({"step": step, **metrics})
+            metrics["tokens_per_second/update"] = metrics["tokens"] / seconds["seconds/update"]
+        metrics |= self.timeline.end(step)
+        with self.spans.span("record"):
+            self.folder.save_rollouts(step, rollout.generated)
+            self.folder.log_metrics(step, metrics)
+            self.display.step({"step": step, **metrics})
+
+
+def paper_seconds(seconds: dict[str, float]) -> dict[str, float]:
+    """A step's seconds with `others` as in Tables 7 and 8: all but rollout, policy update and held-out evaluation.
+
+    Rewards, old and reference log-probs, weight push and checkpoints are others; an update is forward, backward and
+    optimizer of every SGD step.
+    """
+    named = sum(seconds.get(f"seconds/{name}", 0.0) for name in ("rollout", "update", "evaluation"))
+    return seconds | {"seconds/others": seconds["seconds/step"] - named}
 
 
 def entropy_controller(config: Config) -> EntropyController:

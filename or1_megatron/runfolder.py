@@ -4,6 +4,7 @@
     versions.json    python, platform, package versions
     git.json         commit and whether the work tree differed from it; only in a git checkout
     metrics.jsonl    one JSON object a step; NaN and infinities are null
+    trace.json       spans of all processes over the newest steps, Chrome's format
     tensorboard/     the same numbers as scalars
     checkpoints/     logs/
     slurm/           what slurm/submit.py laid there before the run, and the logs of its jobs
@@ -119,6 +120,10 @@ class RunFolder:
         """Replaces the configuration: a resumed run may have overridden some of it."""
         self.config = config
         _write(self.path / "config.yaml", to_yaml(config))
+
+    def write(self, name: str, text: str) -> None:
+        """Replaces a file of the folder."""
+        _write(self.path / name, text)
 
     def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
         """Appends one line {"step": step, ...} and the numbers as tensorboard scalars."""

@@ -197,6 +197,21 @@ class EvalConfig:
 
 
 @dataclass
+class ProfilingConfig:
+    trace_steps: int = key(
+        20, "newest steps whose spans of every process are kept in the run's trace.json; 0: the driver's seconds only"
+    )
+    tool: str = key(
+        "none",
+        "profiler around chosen steps of chosen ranks: torch (RUN/profile/*.json) or nsys (opens the range that "
+        "`nsys profile --capture-range=cudaProfilerApi` records, with NVTX ranges; needs a GPU)",
+        ("none", "torch", "nsys"),
+    )
+    steps: list[int] = key([], "training steps that the profiler records")
+    ranks: list[int] = key([0], "actor ranks that the profiler records")
+
+
+@dataclass
 class StageConfig:
     """One row of a stage table (Tables 10 to 12). 0: as in the rest of the configuration."""
 

@@ -70,9 +70,10 @@ def magic(run: Run) -> None:
             e_k = run.entropy(rollout)
             alpha = run.controller.alpha(e_k)
             metrics |= run.updater.step(rollout, alpha=alpha, learning_rate=learning_rate(config, step))
-        metrics |= rollout_metrics(rollout) | run.finish(step, rollout)
-        if step == config.steps or run.stop.requested or (config.save_interval and step % config.save_interval == 0):
-            run.save()
+            metrics |= rollout_metrics(rollout) | run.finish(step, rollout)
+            due = config.save_interval and step % config.save_interval == 0
+            if due or step == config.steps or run.stop.requested:
+                run.save()
         metrics |= {"entropy/signal": e_k, "entropy/c": run.controller.coefficient, "entropy/alpha": alpha}
         run.record(step, metrics, rollout)
         if run.stop.requested:
@@ -80,6 +81,7 @@ def magic(run: Run) -> None:
     run.sync(config.steps)
     final = run.evaluator.run_if_due(config.steps, display, last=True)
     run.folder.log_metrics(config.steps, {**final, **spans.take()})
+    run.timeline.close()
 
 
 @contextmanager

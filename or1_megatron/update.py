@@ -35,7 +35,8 @@ class Updater:
             return {"sgd_steps": 0}
         samples = [sample for group in rollout.kept for sample in group.samples]
         engine = [np.array(sample.log_probs) for sample in samples]
-        sequences = self._sequences(rollout.kept)
+        with self._spans.span("prepare"):
+            sequences = self._sequences(rollout.kept)
         metrics: list[dict[str, float]] = []
         current: list[np.ndarray] = []
         bounds = mini_batches([len(group.samples) for group in rollout.kept], self.config.mini_batch_size)

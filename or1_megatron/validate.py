@@ -47,6 +47,7 @@ def validate(config: Config) -> None:
             "data.train"
         )
     _validate_parallel(config)
+    _validate_profiling(config)
     entropy = config.entropy
     if entropy.rule in ("paper", "released") and not entropy.min <= entropy.initial <= entropy.max:
         raise UserError(
@@ -101,6 +102,19 @@ def _validate_parallel(config: Config) -> None:
         )
 
 
+def _validate_profiling(config: Config) -> None:
+    profiling = config.profiling
+    if profiling.tool == "none":
+        return
+    if not profiling.steps:
+        raise UserError(f"profiling.tool={profiling.tool} needs profiling.steps, the training steps to record")
+    outside = [rank for rank in profiling.ranks if not 0 <= rank < config.parallel.num_ranks]
+    if outside or not profiling.ranks:
+        raise UserError(
+            f"profiling.ranks={profiling.ranks} must be ranks from 0 to {config.parallel.num_ranks - 1}, at least one"
+        )
+
+
 _POSITIVE = (
     "steps keep_checkpoints parallel.num_ranks parallel.tp parallel.pp parallel.cp parallel.cpu_threads_per_rank "
     "parallel.timeout_s rollout.rollout_batch_size rollout.context_length rollout.temperature rollout.num_engines "
@@ -113,7 +127,7 @@ _NOT_NEGATIVE = (
     "save_interval keep_every parallel.token_budget rollout.max_response_length rollout.probe_interval "
     "rollout.probe_tolerance loss.mini_batch_size loss.clip_low loss.clip_high loss.importance_cap "
     "loss.kl_coefficient optimizer.lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
-    "reward.max_failure_rate evaluation.interval evaluation.temperature "
+    "reward.max_failure_rate evaluation.interval evaluation.temperature profiling.trace_steps "
 ).split()
 
 

@@ -34,6 +34,7 @@ from or1_megatron.parallel.dims import Dims
 from or1_megatron.parallel.offload import Offload
 from or1_megatron.parallel.vocab import Shard, log_probs_and_entropy
 from or1_megatron.parallel.vocab_head import forget_buffers, head_log_probs_and_entropy, head_loss
+from or1_megatron.profiling.spans import Spans
 from or1_megatron.rl.loss import magic_loss
 from or1_megatron.types import MicroBatch, TokenValues, UpdateResult
 
@@ -41,8 +42,9 @@ from or1_megatron.types import MicroBatch, TokenValues, UpdateResult
 class MegatronActor:
     """Built by every rank of an initialised process group; see parallel/device.py."""
 
-    def __init__(self, config: Config, rank: int):
+    def __init__(self, config: Config, rank: int, spans: Spans | None = None):
         self.config = config
+        self._spans = spans or Spans(enabled=False)
         self.architecture = read_architecture(config.model.path)
         self.mesh = build_mesh(Dims.of(config), rank, config.seed + 1, config.parallel.timeout_s)
         self._gpt = model = build_model(config, self.architecture, self.mesh)
@@ -143,11 +145,13 @@ class MegatronActor:
             num_tokens=num_tokens,
             temperature=temperature or self.config.rollout.temperature,
         )
-        outputs = self._schedule(micro_batches, loss, forward_only=False)
+        with self._spans.span("forward_backward"):
+            outputs = self._schedule(micro_batches, loss, forward_only=False)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
             group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
-        outcome: Any = self.optimizer.step()
+        with self._spans.span("optimizer"):
+            outcome: Any = self.optimizer.step()
         applied, grad_norm, _ = outcome
         assert applied and np.isfinite(grad_norm), f"gradient norm {grad_norm} with finite gradients"
         trim_host_memory()

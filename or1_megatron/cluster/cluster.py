@@ -107,7 +107,7 @@ class Cluster:
         process = ray.remote({"rank": ActorRank, "engine": EngineProcess}[name])
         place = NodeAffinitySchedulingStrategy(self._nodes[node].id, soft=False)
         options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0, "scheduling_strategy": place}
-        worker = process.options(**options).remote(str(log))
+        worker = process.options(**options).remote(str(log), self.config.profiling.trace_steps > 0)
         self._logs[worker] = log
         return worker
 
@@ -222,6 +222,12 @@ class Cluster:
         stored = [ray.put(mine) for mine in batches]
         results = self._wait([ask(rank, stored[self.dims.coordinates(i).dp]) for i, rank in enumerate(self._ranks)])
         return [results[i] for i in self.dims.reporting_ranks()]
+
+    def ask(self, method: str, *args: Any, ranks: list[int] | None = None) -> dict[str, Any]:
+        """The answers of these ranks, or of every rank and engine, by name (rank0, engine0)."""
+        workers = list(self._logs) if ranks is None else [self._ranks[rank] for rank in ranks]
+        answers = self._wait([getattr(worker, method).remote(*args) for worker in workers])
+        return {self._logs[worker].stem: answer for worker, answer in zip(workers, answers, strict=True)}
 
     def peak_flops(self) -> float:
         """Of one actor rank's device; see parallel/device.py."""

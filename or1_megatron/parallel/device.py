@@ -32,6 +32,8 @@ import importlib.util
 import sys
 import time
 import types
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,6 +122,25 @@ def trim_host_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries have none
     if trim is not None:
         trim(0)
+
+
+def take_peak_memory() -> int:
+    """High-water mark of this process's memory in bytes since the last call: the GPU's where there is one, else the
+    resident size on the host."""
+    if has_cuda():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+    with contextlib.suppress(OSError):  # not every container lets a process reset its own mark
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
+
+def range_marks() -> tuple[Callable[[str], Any], Callable[[], Any]] | None:
+    """Push and pop of NVTX ranges, which Nsight Systems shows; None without CUDA."""
+    return (torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop) if has_cuda() else None
 
 
 def init_process_group(init_method: str, rank: int, world_size: int, timeout_s: float) -> None:

@@ -11,8 +11,11 @@ import struct
 import subprocess
 import sys
 import time
+from collections import deque
 from pathlib import Path
 from typing import Any
+
+from or1_megatron.profiling.spans import Span
 
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 2.0
@@ -28,8 +31,9 @@ class Lost(Exception):
 class Template:
     """The process that has everything imported. Must be started by a thread that outlives it: it dies with that."""
 
-    def __init__(self, settings: dict[str, Any], log: Path):
-        """Returns when it is ready. Raises Lost."""
+    def __init__(self, settings: dict[str, Any], log: Path, spans: deque[Span]):
+        """Returns when it is ready; its workers' checks will be noted in `spans`. Raises Lost."""
+        self.spans = spans
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"}
         with theirs, log.open("ab") as output:
@@ -116,6 +120,13 @@ class WorkerProcess:
         data = json.dumps(message).encode()
         self._unsent = memoryview(struct.pack("<I", len(data)) + data)
         self.flush()
+
+    def end(self) -> Any:
+        """The job it was on, None if it was on none."""
+        job, self.job = self.job, None
+        if job is not None:
+            self.template.spans.append(Span("check", int(self.started * 1e9), time.monotonic_ns(), 0))
+        return job
 
     @property
     def wants_to_write(self) -> bool:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from or1_megatron.errors import RunFailure
+from or1_megatron.profiling.spans import CAPACITY, Span
 from or1_megatron.reward.problem import Task, code_tests
 from or1_megatron.reward.processes import Lost, Template, WorkerProcess
 from or1_megatron.reward.session import EXIT_MEMORY
@@ -76,6 +77,7 @@ class RewardService:
         self._selector.register(self._wake_from, selectors.EVENT_READ)
         self._template: Template | None = None
         self._workers: list[WorkerProcess] = []
+        self.spans: deque[Span] = deque(maxlen=CAPACITY)  # of the workers' checks
         self._failed_starts = 0
         self._failure: RunFailure | None = None
         self._closing = False
@@ -198,7 +200,7 @@ class RewardService:
     def _start_worker(self) -> None:
         try:
             if self._template is None:
-                self._template = Template(self._settings(), self.log)
+                self._template = Template(asdict(self._config), self.log, self.spans)
             worker = self._template.fork()
         except Lost:
             self._lose_template()
@@ -206,9 +208,6 @@ class RewardService:
             return
         self._workers.append(worker)
         self._selector.register(worker.channel, selectors.EVENT_READ, worker)
-
-    def _settings(self) -> dict[str, Any]:
-        return asdict(self._config)
 
     def _lose_template(self) -> None:
         """Its workers die with it, and each is then found dead and its task given to another."""
@@ -245,7 +244,7 @@ class RewardService:
         if "ready" in message:
             worker.ready, self._failed_starts = True, 0
             return
-        job, worker.job = worker.job, None
+        job = worker.end()
         worker.num_done += 1
         if "error" in message:
             self._retry(job, message["error"])
@@ -257,7 +256,7 @@ class RewardService:
             self._remove(worker)
 
     def _died(self, worker: WorkerProcess) -> None:
-        job, worker.job = worker.job, None
+        job = worker.end()
         status = self._remove(worker)
         if not worker.ready:
             self._count_failed_starts(1)
@@ -301,7 +300,7 @@ class RewardService:
                     worker.resume()
             elif worker.is_out_of_time(job.limit_s):
                 worker.kill()
-                worker.job = None
+                worker.end()
                 self._remove(worker)
                 self._finish(job, "timeout", spent, f"after {spent:.1f} s")
             elif (

@@ -23,6 +23,7 @@ from or1_megatron.errors import RunFailure
 from or1_megatron.parallel import device
 from or1_megatron.parallel.layout import hf_shapes
 from or1_megatron.parallel.megatron_files import MegatronWeights, all_tensors, is_megatron
+from or1_megatron.profiling.spans import Spans
 from or1_megatron.types import Group, Prompt, Sample
 
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
@@ -60,8 +61,10 @@ class SamplingSpec:
 class Engine:
     """Generates groups, takes weights, tells log-probs."""
 
-    def __init__(self, spec: EngineSpec):
+    def __init__(self, spec: EngineSpec, spans: Spans | None = None):
+        """`spans` records how many responses are being decoded."""
         self.spec = spec
+        self._spans = spans or Spans(enabled=False)
         self.weight_version = 0
         self._num_requests = 0
         self._resident = set(_PARTS)
@@ -104,8 +107,15 @@ class Engine:
             for prompt in prompts:
                 params = self._sampling_params(prompt, group_size, sampling)
                 running[self._add_request(prompt.tokens, params)] = prompt
+            decoding, rounds = engine.get_num_unfinished_requests(), 0
+            self._spans.count("responses", decoding)
             while running:
-                for output in engine.step():
+                outputs = engine.step()
+                rounds += 1
+                if (left := engine.get_num_unfinished_requests()) != decoding:
+                    decoding = left
+                    self._spans.count("responses", decoding, rounds)
+                for output in outputs:
                     yield self._group(running.pop(output.request_id), output)
         finally:
             if running:

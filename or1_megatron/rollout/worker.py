@@ -16,6 +16,7 @@ import torch
 from or1_megatron.errors import RunFailure
 from or1_megatron.parallel import shared_memory
 from or1_megatron.parallel.bucket import Bucket, TensorSlot, checksum, unpack_bucket
+from or1_megatron.profiling.spans import Spans
 from or1_megatron.rollout.engine import Engine, EngineSpec, SamplingSpec
 from or1_megatron.types import Group, Prompt
 
@@ -26,8 +27,8 @@ _POLL_S = 0.2  # how often a blocked sender looks whether the loader is still al
 class RolloutWorker:
     """Single-threaded from outside: one call at a time."""
 
-    def __init__(self, spec: EngineSpec):
-        self._engine = Engine(spec)
+    def __init__(self, spec: EngineSpec, spans: Spans | None = None):
+        self._engine = Engine(spec, spans)
         self._loader: _Loader | None = None
         self._written: list[Bucket] = []
 

@@ -120,10 +120,40 @@ def test_three_steps_on_two_ranks(workplace: Path, degree: str) -> None:
         assert row["probe/mean"] < 1e-3 and row["mismatch/max"] < 1e-3, row  # engine = actor, sync after sync
         assert row["grad_norm"] > 0 and row["groups/kept"] == 4
         assert 0 < row["mfu"] < 1, row
+    check_times(run, rows)
     assert rows[0]["loss"] != rows[2]["loss"], "the policy did not change"
     assert (run / "checkpoints" / "step-000003" / "driver.json").is_file()
     assert len(list((run / "rollouts").glob("*.parquet"))) == 3
     nothing_left(workplace)
+
+
+def check_times(run: Path, rows: list[dict]) -> None:
+    """On every process the spans of a step add up to its wall time, and the parts of the driver's step to the step."""
+    trace = json.loads((run / "trace.json").read_text())
+    events = trace["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert set(names.values()) >= {"driver", "rank0", "rank1", "engine0", "verifier0"}, names
+    assert not trace["metadata"]["lost_records"]
+    spans = [event for event in events if event["ph"] == "X"]
+    steps = [span for span in spans if span["name"] == "step"]
+    assert len(steps) == 3
+    for step, row in zip(steps, rows, strict=False):
+        start, end = step["ts"], step["ts"] + step["dur"]
+        for pid, name in names.items():
+            if name.startswith("verifier"):
+                continue
+            level = 1 if name == "driver" else 0
+            mine = [span for span in spans if span["pid"] == pid and span["args"]["level"] == level]
+            cut = [min(s["ts"] + s["dur"], end) - max(s["ts"], start) for s in mine]
+            covered = sum(part for part in cut if part > 0)
+            assert covered == pytest.approx(step["dur"], rel=0.01, abs=2e3), (name, covered, step)
+        assert row["seconds/step"] == pytest.approx(step["dur"] * 1e-6, abs=1e-3)
+        paper = sum(row.get(f"seconds/{part}", 0) for part in ("rollout", "update", "others", "evaluation"))
+        assert paper == pytest.approx(row["seconds/step"]) and min(row["memory"].values()) > 50e6, row
+        assert all(0 < row["idle"][name] < row["seconds/step"] for name in ("rank0", "rank1", "engine0")), row
+    engine = next(pid for pid, name in names.items() if name == "engine0")
+    running = [event["args"]["responses"] for event in events if event["ph"] == "C" and event["pid"] == engine]
+    assert max(running) >= 8 and running[-1] == 0
 
 
 def test_evaluation_of_a_model(workplace: Path) -> None:
@@ -183,8 +213,9 @@ def test_two_stages_and_a_bitwise_resume(workplace: Path) -> None:
     assert process.returncode == 0 and "resumed after step 3" in output, output
     rows = [[row for row in metrics(run) if "loss" in row] for run in (straight, cut)]
     assert [row["sgd_steps"] for row in rows[0]] == [2, 2, 1, 1] and [row["stage"] for row in rows[0]] == [1, 1, 2, 2]
+    measured = "second|mfu|latency|idle|memory"
     for one, other in zip(*rows, strict=True):
-        one, other = ({n: row[n] for n in row if not re.search("second|mfu|latency", n)} for row in (one, other))
+        one, other = ({n: row[n] for n in row if not re.search(measured, n)} for row in (one, other))
         assert one == other
     assert rows[0][3]["entropy/alpha"] > 0
     for folder in ("rollouts", "history"):
