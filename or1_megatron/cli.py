@@ -90,6 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("target", metavar="JOB|RUN", help="job id or run folder")
     logs.add_argument("name", nargs="?", metavar="LOG", help="rank0, engine0, node1, ...; default: the driver's")
     logs.add_argument("-n", metavar="N", type=int, default=20, dest="count", help="lines; default 20")
+    _add_plan(commands)
     commands.add_parser("doctor", help="check this machine, with a fix for whatever is wrong")
     return parser
 
@@ -114,6 +115,22 @@ def _add_verify(commands: Any) -> None:
         help="where their packages lie; default .cache/verifiers",
     )  # fmt: skip
     verify.add_argument("--plot", metavar="FILE", type=Path, help="the comparison as a picture (.png, .svg, .pdf)")
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="predict seconds per step, hours and memory of a recipe",
+        usage="or1 plan RECIPE [--gpus 32,64,128] [--lengths ...] [--calibrate RUN] [key=value ...]\n"
+        "       or1 plan --paper",
+    )
+    plan.add_argument("--gpus", metavar="N,N", default="", help="numbers of GPUs; default: the recipe's actor ranks")
+    plan.add_argument("--hardware", default="h800", help="h800 (default) or h100")
+    plan.add_argument("--calibrate", metavar="RUN", type=Path, help="the machine that this run folder shows instead")
+    plan.add_argument("--lengths", metavar="RUN | MEDIAN,SIGMA[,SHARE]", help="of responses, measured or log-normal")
+    plan.add_argument("--kept", metavar="SHARE", type=float, help="share of the groups that are informative")
+    plan.add_argument("--paper", action="store_true", help="the paper's time tables against the planner, no recipe")
+    plan.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="recipe file, then overrides")
 
 
 def _add_convert(commands: Any) -> None:
@@ -160,6 +177,26 @@ def _train(options: argparse.Namespace) -> int:
     from or1_megatron.train import train
 
     return train(config, resume=options.resume)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from or1_megatron import plan
+    from or1_megatron.recipe import load
+    from or1_megatron.runfolder import RunFolder
+
+    if options.paper:
+        print("\n".join(plan.plan_paper()))
+        return 0
+    config = load(*_recipe_and_overrides(options.words, "plan"))
+    run = RunFolder.open(options.calibrate) if options.calibrate else None
+    assumptions = plan.assumptions(options.lengths, options.kept, run)
+    if run:
+        lines = plan.plan_calibrated(config, run, assumptions)
+    else:
+        gpus = plan.parse_gpus(options.gpus) if options.gpus else [config.parallel.num_ranks]
+        lines = plan.plan_gpus(config, gpus, options.hardware, assumptions)
+    print("\n".join(lines))
+    return 0
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -250,6 +287,7 @@ def _check_overrides_only(words: list[str]) -> None:
 COMMANDS = {
     "train": _train,
     "eval": _evaluate,
+    "plan": _plan,
     "verify": _verify,
     "convert": _convert,
     "export": _export,
@@ -263,7 +301,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """argparse takes no further words behind an option that follows the first ones: RECIPE --dry-run key=value."""
     parser = build_parser()
     options, behind = parser.parse_known_args(arguments)
-    if behind and (options.command not in ("train", "eval") or any(word.startswith("-") for word in behind)):
+    if behind and (options.command not in ("train", "eval", "plan") or any(word.startswith("-") for word in behind)):
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
     if behind:
         options.words += behind

@@ -157,7 +157,8 @@ class Run:
         )
         if "flops" in metrics:
             peak = self._peak_flops * self.config.parallel.num_ranks
-            metrics["mfu"] = metrics.pop("flops") / (seconds["seconds/update"] * peak)
+            metrics["training_flops"] = metrics.pop("flops")
+            metrics["mfu"] = metrics["training_flops"] / (seconds["seconds/update"] * peak)
             metrics["tokens_per_second/update"] = metrics["tokens"] / seconds["seconds/update"]
         metrics |= self.timeline.end(step)
         with self.spans.span("record"):

@@ -21,7 +21,7 @@ RINGS = (
     ("cluster", "processes", "handover"),
     (
         *("train", "run", "inputs", "evaluate", "collect", "update", "runstate", "display", "runfolder", "timeline"),
-        *("doctor", "dryrun", "status"),
+        *("doctor", "dryrun", "status", "plan"),
     ),
     ("convert", "compare", "verify"),
     ("cli", "__main__"),

@@ -21,7 +21,7 @@ def test_the_torch_profiler_writes_what_ran(tmp_path: Path):
     file = tmp_path / "profile" / "rank0-step-000003.json"
     profiler = Profiler("torch", file)
     profiler.start()
-    torch.randn(8, 8) @ torch.randn(8, 8)
+    torch.mm(torch.randn(8, 8), torch.randn(8, 8))
     profiler.stop()
     names = {event.get("name") for event in json.loads(file.read_text())["traceEvents"]}
     assert "aten::mm" in names and list(file.parent.iterdir()) == [file]

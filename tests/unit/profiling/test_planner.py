@@ -1,0 +1,60 @@
+"""Parts of a predicted step, refills, layouts and lengths."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from or1_megatron.profiling.flops import training_flops
+from or1_megatron.profiling.hardware import H800
+from or1_megatron.profiling.lengths import LogNormal, Measured
+from or1_megatron.profiling.paper import MODELS
+from or1_megatron.profiling.planner import Layout, Work, costs_of, predict, rollout_rounds, update_seconds
+
+MODEL = MODELS["DeepSeek-R1-Distill-Qwen-7B"]
+WORK = Work(32, 8, 4096, 1, LogNormal(800, 0.5, 0.5), 1.0, True, False)
+PLACE = Layout(32)
+
+
+def test_refills_are_rollouts_of_their_own():
+    assert rollout_rounds(WORK) == [32]
+    half = replace(WORK, kept_share=0.5, max_generated_factor=2.0)
+    assert rollout_rounds(half) == [32, 16, 8, 4, 2, 1, 1] and rollout_rounds(
+        replace(half, max_generated_factor=1.25)
+    ) == [32, 8]
+    costs = costs_of(MODEL, PLACE, H800)
+    assert predict(half, costs).rollout > 2 * predict(WORK, costs).rollout
+
+
+def test_what_is_left_out_costs_nothing_and_overlap_hides_scoring():
+    costs = costs_of(MODEL, PLACE, H800)
+    full = predict(WORK, costs)
+    assert predict(replace(WORK, recomputes_old_log_probs=False), costs).old_log_probs == 0 < full.old_log_probs
+    hidden = predict(replace(WORK, overlaps_scoring=True), costs).scoring
+    assert 0.05 * full.scoring <= hidden < full.scoring
+    assert full.total == pytest.approx(full.rollout + full.update + full.others)
+    assert 0 < full.tail < full.rollout and full.mean_engine <= full.rollout
+
+
+def test_update_is_flops_over_what_the_devices_achieve():
+    lengths = [1000] * 64
+    ideal = H800.replaced(optimizer_step_s=0.0, link=1e30, network=1e30)
+    seconds = update_seconds(MODEL, lengths, 1, replace(PLACE, recompute=False), ideal)
+    assert seconds == pytest.approx(training_flops(MODEL, lengths) / (32 * 989e12 * 0.30), rel=1e-6)
+    recomputed = update_seconds(MODEL, lengths, 1, PLACE, ideal)
+    assert recomputed == pytest.approx(4 / 3 * seconds)
+    piped = update_seconds(MODEL, lengths, 1, replace(PLACE, pp=4, token_budget=1000, recompute=False), ideal)
+    assert piped == pytest.approx(seconds * (8 + 3) / 8)  # 64 sequences on 8 replicas: 8 micro-batches each
+
+
+def test_lengths_keep_limit_and_group():
+    groups = LogNormal(1000, 0.7, 0.9).draw(50, 8, 2000, random.Random(0))
+    flat = [length for group in groups for length in group]
+    assert len(groups) == 50 and max(flat) == 2000 and min(flat) >= 1
+    spread = [max(group) / min(group) for group in groups]
+    mixed = [max(group) / min(group) for group in LogNormal(1000, 0.7, 0.0).draw(50, 8, 2000, random.Random(0))]
+    assert sum(spread) < 0.5 * sum(mixed)  # most of the variance lies between prompts
+    drawn = Measured(((5, 6), (90, 80)), "run").draw(20, 4, 85, random.Random(0))
+    assert all(set(group) <= {5, 6} or set(group) <= {85, 80} for group in drawn)

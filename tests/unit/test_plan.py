@@ -1,0 +1,108 @@
+"""`or1 plan` as a user calls it: the paper's recipe in seconds, a calibrated machine, bad input."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from or1_megatron import cli
+from or1_megatron.profiling.calibration import calibrate, intervals
+from or1_megatron.recipe import load
+from or1_megatron.runfolder import RunFolder
+from or1_megatron.types import Group, Prompt, Sample
+from tests.tiny_models import write_tiny_model
+
+RECIPES = Path(__file__).resolve().parents[2] / "launch" / "recipes"
+FIXED, PER_RESPONSE, START, RATE, OPTIMIZER = 0.02, 0.004, 0.1, 5e9, 1.5
+
+
+def test_the_32b_recipe_on_four_clusters(capsys: pytest.CaptureFixture[str]):
+    started = time.process_time()
+    assert cli.main(["plan", str(RECIPES / "or1_32b.yaml"), "--gpus", "32,64,128,256"]) == 0
+    assert time.process_time() - started < 10
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in lines if line.endswith("%") and line.split()[0].isdigit()]
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        (gpus, stage, steps) for gpus in ("32", "64", "128", "256") for stage, steps in (("1", "760"), ("2", "370"))
+    ]
+    seconds = [float(row[7]) for row in rows]
+    assert seconds[0::2] == sorted(seconds[0::2], reverse=True)
+    hours = [float(line.split()[2]) for line in lines if " GPUs: " in line]
+    assert hours[0] == pytest.approx(sum(float(row[8]) for row in rows[:2]), abs=1)
+    assert any("no refills" in line for line in lines) and lines[-1].startswith("assumed:")
+
+
+def write_run(root: Path) -> Path:
+    """A run folder of four steps on a machine whose costs are known exactly."""
+    write_tiny_model(root / "model", "llama", tied=True)
+    recipe = {
+        "model": {"path": str(root / "model")},
+        "rollout": {"rollout_batch_size": 4, "group_size": 2, "context_length": 64, "max_generated_factor": 1.0},
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run = RunFolder.create(load(root / "recipe.yaml", [f"run_dir={root / 'run'}"]))
+    events, at = [], 0.0
+    for step in range(1, 5):
+        lengths = [3 + step, 5 + 2 * step, 9, 12, 12, 20, 20, 31]
+        counts, rounds = [(at, len(lengths), 0)], 0
+        at += START * 4
+        for length in sorted(set(lengths)):
+            running = sum(other >= length for other in lengths)
+            at += (length - rounds) * (FIXED + PER_RESPONSE * running)
+            rounds = length
+            counts.append((at, sum(other > length for other in lengths), rounds))
+        events += [
+            {"ph": "C", "name": "responses", "pid": 1, "ts": at * 1e6, "args": {"responses": n, "rounds": r}}
+            for at, n, r in counts
+        ]
+        at += 1
+        flops = 1e9 * step
+        run.log_metrics(step, {
+            "seconds/step": 9.0, "seconds/rollout": 4.0, "seconds/others": 0.9, "seconds/sync": 0.5, "sgd_steps": 1,
+            "seconds/update": flops / RATE + OPTIMIZER, "training_flops": flops, "groups/generated": 4,
+            "groups/kept": 3,
+        })  # fmt: skip
+        prompts = [Prompt(f"p{i}", "", (1,), ("1",)) for i in range(4)]
+        run.save_rollouts(step, [
+            Group(prompt, [Sample(prompt, j, [1] * lengths[2 * i + j], [], "", "stop", 0) for j in range(2)])
+            for i, prompt in enumerate(prompts)
+        ])  # fmt: skip
+    run.write("trace.json", json.dumps({"traceEvents": events}))
+    return run.path
+
+
+def test_calibration_finds_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = RunFolder.open(write_run(tmp_path))
+    trace = json.loads((run.path / "trace.json").read_text())
+    assert sum(part.rounds for part in intervals(trace)) == 4 * 31
+    found = calibrate(trace, run.read_metrics(), group_size=2, num_ranks=1, num_engines=1)
+    assert (found.fixed, found.per_response, found.start) == pytest.approx((FIXED, PER_RESPONSE, START), rel=1e-6)
+    assert (found.flops_rate, found.optimizer_step_s) == pytest.approx((RATE, OPTIMIZER), rel=1e-6)
+    assert (found.sync_s, found.rest_s) == pytest.approx((0.5, 0.4))
+    words = ["plan", str(tmp_path / "recipe.yaml"), "--calibrate", str(run.path), "steps=10"]
+    assert cli.main(words) == 0
+    first, assumed, *_, row = capsys.readouterr().out.splitlines()
+    assert "20 ms + 4 ms per response" in first and "75% of the groups kept" in assumed
+    assert float(row.split()[2]) == pytest.approx(31 * FIXED + 8 * 15 * PER_RESPONSE + 4 * START, rel=0.4)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--gpus", "many"], "--gpus many"),
+        (["--gpus", "0"], "--gpus 0"),
+        (["--gpus", "8", "--hardware", "abacus"], "h800, h100"),
+        (["--gpus", "8", "--lengths", "no/such"], "MEDIAN,SIGMA"),
+        (["--gpus", "8", "--kept", "0"], "--kept 0"),
+        (["--gpus", "8"], "does not fit"),
+        (["--gpus", "8", "model.path=models/mine"], "models/mine is not here"),
+    ],
+)
+def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(["plan", str(RECIPES / "or1_32b.yaml"), *words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
