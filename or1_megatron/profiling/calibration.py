@@ -96,8 +96,8 @@ class Calibration:
         machine = f"{self.num_steps} steps of {self.num_ranks} ranks and {self.num_engines} engines"
         milliseconds = [f"{1e3 * seconds:.3g} ms" for seconds in (self.fixed, self.per_response, self.start)]
         return (
-            f"calibrated on {machine}: a round of decoding {milliseconds[0]} + {milliseconds[1]} per response, a group's "
-            f"start {milliseconds[2]}; training {self.flops_rate / 1e9:.3g} GFLOP/s + {self.optimizer_step_s:.3g} s "
+            f"calibrated on {machine}: a round of decoding {milliseconds[0]} + {milliseconds[1]} per response, a "
+            f"group's start {milliseconds[2]}; training {self.flops_rate / 1e9:.3g} GFLOP/s + {self.optimizer_step_s:.3g} s "
             f"per optimizer step; push {self.sync_s:.3g} s, the rest {self.rest_s:.3g} s"
         )
 
