@@ -6,8 +6,9 @@ Activations of a micro-batch of t tokens, H hidden, 2-byte numbers: about 34 t H
 parallel) and t over cp; with full recomputation 2 t H a layer kept and one layer whole. Estimates, within some 20 %,
 without the allocator's slack.
 
-Memory of one engine: its weights whole (an engine has one GPU), RESERVE for graphs and activations, and the KV cache in
-what is left of rollout.gpu_memory_utilization: 2 (keys, values) x layers x KV heads x head size numbers a token. When
+Memory of one engine, on each of its rollout.engine_tp GPUs: its share of the weights, RESERVE for graphs and
+activations, and the KV cache in what is left of rollout.gpu_memory_utilization: 2 (keys, values) x layers x KV heads of
+the GPU x head size numbers a token. When
 actor and engines are colocated only one of them is there in full, except that both have their weights during a push.
 """
 
@@ -43,11 +44,12 @@ def memory_per_engine(config: Config, architecture: Architecture, gpu_bytes: flo
     """Bytes by part on a GPU of `gpu_bytes`, and bytes of the keys and values of one token; see above."""
     a = architecture
     number = 4 if config.engine_dtype == "fp32" else 2
-    weights = number * a.num_parameters
+    tp = config.rollout.engine_tp
+    weights = number * a.num_parameters / tp
     return {
         "weights": weights,
         "kv cache": config.rollout.gpu_memory_utilization * gpu_bytes - weights - RESERVE,
-        "kv of a token": 2 * a.num_layers * a.num_kv_heads * a.head_dim * 2,
+        "kv of a token": 2 * a.num_layers * max(1, a.num_kv_heads / tp) * a.head_dim * 2,
     }
 
 
@@ -65,7 +67,7 @@ def unfit(config: Config, architecture: Architecture, gpu_bytes: float = GPU_BYT
     peaks, engine = gpu_peaks(config, architecture, gpu_bytes), memory_per_engine(config, architecture, gpu_bytes)
     cure = {
         "update": "raise parallel.tp, pp or cp, or model.recompute=full",
-        "push": "set rollout.placement=separate, or raise parallel.tp",
+        "push": "set rollout.placement=separate, or raise parallel.tp or rollout.engine_tp",
         "rollout": "lower rollout.gpu_memory_utilization",
     }
     for phase, size in peaks.items():
@@ -75,8 +77,8 @@ def unfit(config: Config, architecture: Architecture, gpu_bytes: float = GPU_BYT
     if engine["kv cache"] < longest:
         return (
             f"an engine has {max(0.0, engine['kv cache']) / 1e9:.1f} GB for its KV cache, one response of "
-            f"{config.rollout.context_length} tokens needs {longest / 1e9:.1f}: raise rollout.gpu_memory_utilization, "
-            "or lower rollout.context_length"
+            f"{config.rollout.context_length} tokens needs {longest / 1e9:.1f}: raise rollout.gpu_memory_utilization "
+            "or rollout.engine_tp, or lower rollout.context_length"
         )
     return ""
 
@@ -87,7 +89,7 @@ def _gpu_lines(config: Config, architecture: Architecture) -> list[str]:
     held = engine["kv cache"] / engine["kv of a token"] / config.rollout.context_length
     phases = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in peaks.items())
     return [
-        f"memory per engine on a GPU of 80 GB: weights {engine['weights'] / 1e9:.1f} GB, KV cache "
+        f"memory of an engine on a GPU of 80 GB: weights {engine['weights'] / 1e9:.1f} GB, KV cache "
         f"{max(0.0, engine['kv cache']) / 1e9:.1f} GB = {max(0.0, held):.1f} responses of full length at once",
         f"a GPU of 80 GB by phase, GB: {phases}; {unfit(config, architecture) or 'fits'}",
     ]
@@ -99,7 +101,8 @@ def plan_lines(config: Config) -> list[str]:
     lines = [
         f"{config.name}: {config.steps} steps, seed {config.seed}",
         f"layout: {parallel.num_ranks} ranks = tp {parallel.tp} x pp {parallel.pp} x cp {parallel.cp} x dp {config.dp}"
-        f"; {config.rollout.num_engines} engines of context {widest.rollout.context_length}",
+        f"; {config.rollout.num_engines} engines of tp {config.rollout.engine_tp}, context "
+        f"{widest.rollout.context_length}",
         f"entropy: rule {config.entropy.rule}, signal {config.entropy.signal}, target {config.entropy.target}, "
         f"delta {config.entropy.delta}, clamp [{config.entropy.min}, {config.entropy.max}], at a stage start "
         f"{config.entropy.at_stage}",

@@ -12,6 +12,7 @@ from or1_megatron.errors import UserError
 from or1_megatron.parallel.device import has_cuda, use_transformer_engine
 from or1_megatron.parallel.megatron_files import open_weights
 from or1_megatron.types import Prompt
+from or1_megatron.validate import divisors
 
 
 def check_inputs(config: Config) -> tuple[Architecture, list[list[Prompt]], list[Prompt]]:
@@ -21,6 +22,11 @@ def check_inputs(config: Config) -> tuple[Architecture, list[list[Prompt]], list
     """
     architecture = read_architecture(config.model.path)
     check_degrees(architecture, tp=config.parallel.tp, pp=config.parallel.pp)
+    if architecture.num_heads % config.rollout.engine_tp:
+        raise UserError(
+            f"rollout.engine_tp={config.rollout.engine_tp} does not divide the model's {architecture.num_heads} "
+            f"attention heads; use {divisors(architecture.num_heads)}"
+        )
     contexts = [stage.rollout.context_length for stage in config.all_stages()]
     if max(contexts) > architecture.max_positions:
         raise UserError(

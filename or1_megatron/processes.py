@@ -134,6 +134,8 @@ class EngineProcess(_Process):
     """One vLLM engine."""
 
     def start(self, spec: EngineSpec) -> None:
+        if spec.devices:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
         self.worker = RolloutWorker(spec, self.spans)
 
     @_spanned

@@ -69,6 +69,7 @@ class RolloutConfig:
         2.0, "refill bound: at most this many times rollout_batch_size prompts are rolled out per step"
     )
     num_engines: int = key(1, "vLLM engines")
+    engine_tp: int = key(1, "tensor-parallel degree of one engine: GPUs, or CPU processes, that share its model")
     engine_dtype: str = key("auto", "engine compute type; auto is the actor's", ("auto", "fp32", "bf16"))
     kv_cache_gb: float = key(1.0, "KV cache of one engine on a machine without a GPU, GiB")
     gpu_memory_utilization: float = key(0.5, "share of the GPU's memory one engine may take")

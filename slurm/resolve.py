@@ -26,7 +26,7 @@ def resolve(gpu_gb: float, recipe: str, overrides: list[str]) -> dict:
         "yaml": to_yaml(config),
         "plan": lines,
         "ranks": config.parallel.num_ranks,
-        "engines": config.rollout.num_engines,
+        "engines": config.rollout.num_engines * config.rollout.engine_tp,
         "placement": config.rollout.placement,
         "stages": [min(stage.until, config.steps) for stage in config.stages] or [config.steps],
         "unfit": unfit(config.widest(), read_architecture(config.model.path), gpu_gb * 1e9) if known else "",

@@ -111,7 +111,7 @@ def check_plan(facts: dict[str, Any], options: argparse.Namespace) -> None:
     gpus, ranks, engines = options.nodes * options.gpus_per_node, facts["ranks"], facts["engines"]
     least = ranks + engines if facts["placement"] == "separate" else max(ranks, engines)
     most = max(ranks, engines) if facts["placement"] == "colocated" else ranks + engines
-    words = f"parallel.num_ranks={ranks} and rollout.num_engines={engines}, {facts['placement']},"
+    words = f"parallel.num_ranks={ranks} and engines on {engines}, {facts['placement']},"
     if gpus < least:
         raise Refused(f"{words} needs {least} GPUs, --nodes {options.nodes} has {gpus}")
     if math.ceil(most / options.gpus_per_node) < options.nodes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 # Before torch and transformers are imported: both read these once.
@@ -14,6 +15,10 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Every rank of every test would compile for its few tokens. Compiled formulas have unit tests of their own, and
 # test_actor.py steps once with them; the benchmarks and the quickstart run nothing else.
 os.environ.setdefault("OR1_COMPILE", "0")
+
+# The same examples each time, however busy the machine is.
+hypothesis.settings.register_profile("steady", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("steady")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -75,11 +75,14 @@ class Cluster:
             ranks=self.config.parallel.num_ranks if self._with_actor else 0,
             engines=self.config.rollout.num_engines,
             wanted=self.config.rollout.placement,
+            engine_tp=self.config.rollout.engine_tp,
         )
         self._launch_all(where)
         colocated = where.colocated
+        devices = where.engine_devices or ((),) * len(self._engines)
         started = [
-            engine.start.remote(engine_spec(self.config, i, colocated)) for i, engine in enumerate(self._engines)
+            engine.start.remote(engine_spec(self.config, i, colocated, devices[i]))
+            for i, engine in enumerate(self._engines)
         ]
         if colocated:
             self._wait(started)
@@ -305,8 +308,9 @@ class Cluster:
                 continue
 
 
-def engine_spec(config: Config, index: int, can_sleep: bool = False) -> EngineSpec:
+def engine_spec(config: Config, index: int, can_sleep: bool = False, devices: tuple[int, ...] = ()) -> EngineSpec:
     rollout = config.rollout
+    processes = rollout.num_engines * rollout.engine_tp
     return EngineSpec(
         model_path=config.model.path,
         dtype=config.engine_dtype,
@@ -317,7 +321,9 @@ def engine_spec(config: Config, index: int, can_sleep: bool = False) -> EngineSp
         max_batched_tokens=rollout.max_batched_tokens,
         enforce_eager=rollout.enforce_eager,
         can_sleep=can_sleep,
-        num_threads=max(1, rollout.cpu_threads_per_engine or (os.cpu_count() or 1) // rollout.num_engines),
+        num_threads=max(1, rollout.cpu_threads_per_engine or (os.cpu_count() or 1) // processes),
+        tensor_parallel=rollout.engine_tp,
+        devices=devices,
     )
 
 

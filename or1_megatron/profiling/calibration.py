@@ -97,8 +97,8 @@ class Calibration:
         milliseconds = [f"{1e3 * seconds:.3g} ms" for seconds in (self.fixed, self.per_response, self.start)]
         return (
             f"calibrated on {machine}: a round of decoding {milliseconds[0]} + {milliseconds[1]} per response, a "
-            f"group's start {milliseconds[2]}; training {self.flops_rate / 1e9:.3g} GFLOP/s + {self.optimizer_step_s:.3g} s "
-            f"per optimizer step; push {self.sync_s:.3g} s, the rest {self.rest_s:.3g} s"
+            f"group's start {milliseconds[2]}; training {self.flops_rate / 1e9:.3g} GFLOP/s + "
+            f"{self.optimizer_step_s:.3g} s per optimizer step; push {self.sync_s:.3g} s, the rest {self.rest_s:.3g} s"
         )
 
 

@@ -24,9 +24,11 @@ from or1_megatron.parallel import device
 from or1_megatron.parallel.layout import hf_shapes
 from or1_megatron.parallel.megatron_files import MegatronWeights, all_tensors, is_megatron
 from or1_megatron.profiling.spans import Spans
+from or1_megatron.rollout.shards import SharedWeights, repack_tied_head
 from or1_megatron.types import Group, Prompt, Sample
 
 _QUIET = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PARTS = {"engine weights": "weights", "kv cache": "kv_cache"}  # vLLM's names of what sleeps
 _CPU_BLOCK_SIZE = 32  # tokens; vLLM's 128 on CPU is longer than a short prompt, which then shares nothing in its group
 
@@ -45,6 +47,8 @@ class EngineSpec:
     enforce_eager: bool  # no CUDA graphs; always so without a GPU
     num_threads: int  # OpenMP threads without a GPU
     can_sleep: bool = False  # gives its memory up between rollouts; vLLM does so on a GPU only
+    tensor_parallel: int = 1  # processes, of a GPU each, that share the model
+    devices: tuple[int, ...] = ()  # the node's GPUs it runs on; empty: those the process was given
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,10 @@ class Engine:
         self._tied = bool(hf_config.tie_word_embeddings)
         path = Path(spec.model_path)
         architecture = read_architecture(path)
-        self._checkpoint_names = set(hf_shapes(architecture))
+        shapes = hf_shapes(architecture)
+        self._checkpoint_names = set(shapes)
+        run = self._llm.collective_rpc
+        self._shared = SharedWeights(run, shapes, _DTYPES[spec.dtype]) if spec.tensor_parallel > 1 else None
         if is_megatron(path):  # vLLM cannot read it and has started on dummy weights
             with MegatronWeights(path, architecture) as weights:
                 self.load_weights(all_tensors(weights, architecture), version=0)
@@ -136,15 +143,21 @@ class Engine:
                 yield name, tensor
 
         with torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": received()})
+            if self._shared:
+                self._shared.write(received())
+            else:
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": received()})
             if missing:
                 raise RunFailure(f"weight push {version} lacks {len(missing)} tensors, first {min(missing)}")
-            if self._tied:
-                self._llm.apply_model(_repack_tied_head)
+            seed = self.spec.seed * 1_000_003 + version
+            if self._shared:
+                self._shared.load(tied=self._tied, seed=seed)
+            elif self._tied:
+                self._llm.apply_model(repack_tied_head)
         self._llm.reset_prefix_cache()
         device.trim_host_memory()
         self.weight_version = version
-        torch.manual_seed(self.spec.seed * 1_000_003 + version)
+        torch.manual_seed(seed)
 
     def prompt_log_probs(self, tokens: list[int]) -> list[float]:
         """Log-probs of tokens[1:] at temperature 1; `tokens` are at most context_length - 1."""
@@ -204,7 +217,7 @@ class Engine:
 
 
 def _start_vllm(spec: EngineSpec) -> Any:
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "spawn"}
     os.environ |= {name: value for name, value in _QUIET.items() if name not in os.environ}
     options: dict[str, Any] = {}
     if device.has_cuda():
@@ -216,26 +229,23 @@ def _start_vllm(spec: EngineSpec) -> Any:
         from torch._dynamo import config as compiler
 
         compiler.disable = True  # else the first batch waits 20 s for C++ compiled for the log-probs
+        if spec.tensor_parallel > 1:
+            os.environ |= {"TORCHDYNAMO_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}  # of the processes it starts
         options["kv_cache_memory_bytes"] = int(spec.kv_cache_gb * 2**30)
         options["block_size"] = _CPU_BLOCK_SIZE
     from vllm import LLM
 
     return LLM(
         model=spec.model_path,
-        dtype="bfloat16" if spec.dtype == "bf16" else "float32",
+        dtype=str(_DTYPES[spec.dtype]).removeprefix("torch."),
+        tensor_parallel_size=spec.tensor_parallel,
         max_model_len=spec.context_length,
         max_num_batched_tokens=spec.max_batched_tokens,
         enforce_eager=spec.enforce_eager or not device.has_cuda(),
         load_format="dummy" if is_megatron(Path(spec.model_path)) else "auto",
         seed=spec.seed,
-        distributed_executor_backend="uni",
+        distributed_executor_backend="uni" if spec.tensor_parallel == 1 else "mp",
         logprobs_mode="processed_logprobs",
         use_tqdm_on_load=False,
         **options,
     )
-
-
-def _repack_tied_head(model: Any) -> None:
-    """vLLM reloads the embedding, but on CPU the head that shares it keeps its own packed copy of the old values."""
-    head = model.lm_head
-    head.quant_method.process_weights_after_loading(head)

@@ -21,13 +21,14 @@ PROBE = list(b"The same weights tell the same log-probs.")
 GREEDY = SamplingSpec(temperature=0.0, top_p=1.0, max_response_length=16)
 
 
-def config_of(model: Path, *, num_engines: int = 1, pp: int = 1) -> Config:
+def config_of(model: Path, *, num_engines: int = 1, pp: int = 1, **more: Any) -> Config:
     rollout = {
         "num_engines": num_engines,
         "context_length": 64,
         "kv_cache_gb": 0.1,
         "max_batched_tokens": 256,
         "placement": "colocated",
+        **more,
     }
     tree: dict[str, Any] = {
         "model": {"path": str(model), "dtype": "fp32"},
@@ -81,3 +82,20 @@ def test_engines_equal_a_fresh_one_of_the_export_and_do_not_drift(tmp_path: Path
     assert len(told) == 2
     for engine in told:
         np.testing.assert_allclose(engine, expected, atol=1e-5)
+
+
+def test_an_engine_of_two_processes_takes_pushes(tmp_path: Path) -> None:
+    """Biases, an untied head and a vocabulary that two processes cannot share evenly; its log-probs are the actor's."""
+    model = write_tiny_model(tmp_path / "model", "qwen2", tied=False, vocab=301)
+    config = config_of(model, engine_tp=2, placement="separate")
+    batch = [[pack([Sequence(tuple(PROBE), 1, 0.0, None)], [0], alignment=1)]]
+    with Cluster(config, tmp_path / "run") as cluster:
+        before = cluster.engine_log_probs(PROBE)[0]
+        for version in (1, 2):
+            update(cluster, config, seed=version, lr=1e-2)
+            cluster.push_weights(version)
+            told = cluster.engine_log_probs(PROBE)[0]
+            actor = cluster.log_probs(batch, temperature=1.0)[0][0].log_probs_T[: len(PROBE) - 1]
+            np.testing.assert_allclose(told, actor, atol=1e-3)
+        assert np.abs(np.array(told) - before).max() > 0.1, "the updates changed nothing that the probe can see"
+        assert all(tokens for tokens, _, _ in greedy(cluster).values())

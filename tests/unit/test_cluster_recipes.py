@@ -36,8 +36,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def test_there_is_one_for_each_size_and_context() -> None:
     wanted = {f"{m}_{g}gpu_{c}k" for m in SIZES for g in (32, 64, 128, 256) for c in (8, 16, 24, 32)}
-    absent = wanted - {path.stem for path in LAYOUTS}
-    assert absent == {f"32b_{g}gpu_32k" for g in (32, 64, 128, 256)}, "see docs/clusters.md for why these are not there"
+    assert {path.stem for path in LAYOUTS} == wanted
 
 
 @pytest.mark.parametrize("path", LAYOUTS, ids=lambda path: path.stem)
@@ -48,7 +47,9 @@ def test_layout_fits(models: dict[str, Path], path: Path) -> None:
     check_degrees(architecture, tp=config.parallel.tp, pp=config.parallel.pp)
     assert config.name == path.stem and config.rollout.context_length == 1024 * int(context.removesuffix("k"))
     number = int(gpus.removesuffix("gpu"))
-    assert config.parallel.num_ranks == config.rollout.num_engines == number, "colocated: both use every GPU"
+    engines = config.rollout.num_engines * config.rollout.engine_tp
+    assert config.parallel.num_ranks == engines == number, "colocated: both use every GPU"
+    assert 8 % config.rollout.engine_tp == 0 == architecture.num_heads % config.rollout.engine_tp
     assert config.parallel.tp <= 8 and config.mini_batch_size * config.rollout.group_size % config.dp == 0
     assert unfit(config, architecture) == ""
     assert max(gpu_peaks(config, architecture).values()) < 0.96 * 80e9
@@ -79,7 +80,8 @@ def test_what_does_not_fit_is_named(models: dict[str, Path], words: list[str], s
     assert unfit(config, read_architecture(config.model.path)).startswith(said)
 
 
-def test_a_32b_engine_has_no_room_for_32k(models: dict[str, Path]) -> None:
-    config = load(FOLDER / "32b_64gpu_24k.yaml", [f"model.path={models['32b']}", "rollout.context_length=32768",
-                                                 "parallel.token_budget=32768"])  # fmt: skip
+def test_a_32b_engine_of_one_gpu_has_no_room_for_32k(models: dict[str, Path]) -> None:
+    words = [f"model.path={models['32b']}", "rollout.num_engines=64", "rollout.gpu_memory_utilization=0.95"]
+    config = load(FOLDER / "32b_64gpu_32k.yaml", [*words, "rollout.engine_tp=1"])
     assert "one response of 32768 tokens needs 8.6" in unfit(config, read_architecture(config.model.path))
+    assert unfit(load(FOLDER / "32b_64gpu_32k.yaml", words[:1]), read_architecture(config.model.path)) == ""

@@ -33,6 +33,26 @@ def test_uneven_nodes_and_ranks_in_order() -> None:
     assert found.ranks == (0, 1, 1, 1) and found.engines == (2, 2)
 
 
+def test_separate_engines_of_several_gpus_stay_on_one_node() -> None:
+    found = place([8, 8], ranks=6, engines=2, wanted="separate", engine_tp=4)
+    assert found.engines == (1, 1), "the two GPUs left on the first node are no group of four"
+    assert found.ranks == (0,) * 6 and found.engine_share == 4 and not found.engine_devices
+
+
+def test_colocated_engines_of_several_gpus_are_told_their_devices() -> None:
+    """Each GPU is an engine's once, and a rank's once; Ray counts the ranks alone."""
+    found = place([8, 8], ranks=16, engines=4, wanted="auto", engine_tp=4)
+    assert found.colocated and (found.rank_share, found.engine_share) == (1, 0)
+    assert Counter(found.ranks) == {0: 8, 1: 8}
+    held = [(node, gpu) for node, group in zip(found.engines, found.engine_devices, strict=True) for gpu in group]
+    assert sorted(held) == [(node, gpu) for node in (0, 1) for gpu in range(8)]
+
+
+def test_groups_that_no_node_can_hold_are_refused() -> None:
+    with pytest.raises(UserError, match="2 engines of 3 GPUs need as many groups of GPUs on one node, there are 0"):
+        place([2, 2, 2], ranks=6, engines=2, wanted="colocated", engine_tp=3)
+
+
 def test_without_a_gpu_the_nodes_take_turns() -> None:
     found = place([0, 0], ranks=2, engines=1, wanted="auto")
     assert found.ranks == (0, 1) and found.engines == (0,) and found.rank_share == 0 and not found.colocated

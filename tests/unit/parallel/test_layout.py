@@ -42,7 +42,7 @@ def cases(draw: st.DrawFn) -> tuple[Architecture, int]:
     )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(cases(), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_shard_then_unshard_is_the_identity_and_covers_everything(case: tuple[Architecture, int], dtype) -> None:
     architecture, tp = case

@@ -124,7 +124,7 @@ def check_plan(source: Layout, held: dict, target: Layout, expected: dict) -> No
         assert torch.equal(made[key].view(torch.uint8), matrix(tensor).contiguous().view(torch.uint8)), key
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(architectures(), st.data(), st.sampled_from(DTYPES))
 def test_any_actor_fills_any_engine(a: Architecture, data: st.DataObject, dtype: torch.dtype) -> None:
     tp = data.draw(st.sampled_from(divisors(a.num_kv_heads)), "tp")
@@ -139,7 +139,7 @@ def test_any_actor_fills_any_engine(a: Architecture, data: st.DataObject, dtype:
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(architectures(), st.data(), st.sampled_from(DTYPES))
 def test_any_actor_fills_any_other(a: Architecture, data: st.DataObject, dtype: torch.dtype) -> None:
     degrees = [
