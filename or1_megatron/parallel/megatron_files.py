@@ -14,6 +14,7 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -171,12 +172,33 @@ def _read_metadata(path: Path) -> Metadata:
         raise UserError(f"{path} is not a Megatron checkpoint: it holds no .metadata and metadata.json")
     file = path / ".metadata"
     try:
-        metadata = pickle.loads(file.read_bytes())
+        with file.open("rb") as stream:
+            metadata = _MetadataUnpickler(stream).load()
     except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy or save the checkpoint again") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{file} holds a {type(metadata).__name__}, not a checkpoint's metadata")
     return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Checkpoints come from elsewhere, and a pickle can name any function to be called: only plain records pass."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if dtype or name in _RECORDS.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is no part of a checkpoint's metadata")
+
+
+_METADATA = "Metadata MetadataIndex TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata TensorProperties"
+_RECORDS = {
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.metadata": (*_METADATA.split(), "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    "torch.distributed.checkpoint.planner": "SavePlan WriteItem WriteItemType TensorWriteData BytesIOWriteData".split(),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+}
 
 
 def all_tensors(weights: HFWeights | MegatronWeights, architecture: Architecture) -> Iterator[tuple[str, torch.Tensor]]:
