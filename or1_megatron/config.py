@@ -33,6 +33,7 @@ class Config:
     steps: int = key(100, "training steps")
     seed: int = key(0, "seed of sampling and of every rank's generator")
     save_interval: int = key(0, "checkpoint every k steps; 0: only at the end")
+    background_save: bool = key(True, "write checkpoints while the run goes on; false: each save waits for the disk")
     keep_checkpoints: int = key(2, "newest checkpoints kept")
     keep_every: int = key(0, "checkpoints after every k-th step are kept for good; 0: none")
     stages: list[StageConfig] = key(

@@ -6,10 +6,8 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from or1_megatron import runstate
 from or1_megatron.architecture import Architecture
 from or1_megatron.cluster import Cluster
 from or1_megatron.collect import Rollout, sampled_entropy, shortfall
@@ -23,7 +21,7 @@ from or1_megatron.reward.service import RewardService
 from or1_megatron.rl.entropy import EntropyController
 from or1_megatron.rl.stages import Stages, solved
 from or1_megatron.runfolder import RunFolder
-from or1_megatron.runstate import RunState
+from or1_megatron.runstate import Checkpoints, Found, RunState
 from or1_megatron.timeline import Timeline
 from or1_megatron.types import Prompt
 from or1_megatron.update import Updater
@@ -54,6 +52,8 @@ class Run:
         self.updater = Updater(config, architecture, cluster, self.spans)
         self.evaluator = Evaluator(config, cluster, rewards, held_out, self.spans)
         self.state = self.state_after(0)
+        keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
+        self.checkpoints = Checkpoints(folder.checkpoints, cluster, architecture, **keep)
         self._peak_flops = cluster.peak_flops()
         self._probe_tokens = list(sources[0][0].tokens[:256])
 
@@ -99,11 +99,12 @@ class Run:
         self.state = self.state_after(step)
         return counts
 
-    def restore(self) -> None:
-        """Continues from the folder's newest complete checkpoint."""
-        self.state = runstate.restore(
-            self.folder.checkpoints, self.cluster, self.architecture, group_sizes(self.config)
-        )
+    def restore(self, found: Found) -> None:
+        """Continues from a checkpoint of the folder."""
+        for line in found.set_damaged_aside():
+            self.display.message(line)
+        self.cluster.load(found.path / "actor")
+        self.state = found.state
         self.stages.load_state_dict(self.state.stage)
         self.stream.drop(self.stages.dropped)
         self.stream.load_state_dict(self.state.stream)
@@ -112,13 +113,22 @@ class Run:
         self.folder.save_config(self.config)
         self.display.message(f"resumed after step {self.state.step}")
 
-    def save(self) -> Path:
-        self.display.phase("saving")
-        keep, keep_every = self.config.keep_checkpoints, self.config.keep_every
+    def save_if_due(self, step: int) -> None:
+        """Begins a checkpoint when one is due; makes the one before visible as soon as it is written."""
         with self.spans.span("save"):
-            return runstate.save(
-                self.folder.checkpoints, self.state, self.cluster, self.architecture, keep=keep, keep_every=keep_every
-            )
+            self.checkpoints.publish_if_written()
+        interval = self.config.save_interval
+        last = step == self.config.steps or self.stop.requested
+        if last or (interval and step % interval == 0):
+            self.save(wait=last or not self.config.background_save)
+
+    def save(self, *, wait: bool = True) -> None:
+        """Saves the state after the last completed step. Raises UserError."""
+        self.display.phase("saving")
+        with self.spans.span("save"):
+            self.checkpoints.begin(self.state)
+            if wait:
+                self.checkpoints.finish()
 
     def sync(self, completed: int) -> dict[str, float]:
         """Pushes the weights after `completed` steps to the engines and probes them.

@@ -6,7 +6,8 @@
     metrics.jsonl    one JSON object a step; NaN and infinities are null
     trace.json       spans of all processes over the newest steps, Chrome's format
     tensorboard/     the same numbers as scalars
-    checkpoints/     logs/
+    checkpoints/     see runstate.py
+    logs/
     slurm/           what slurm/submit.py laid there before the run, and the logs of its jobs
     rollouts/        step-000001.parquet: every response of the step
     history/         step-000001.parquet: responses and correct ones per group of the step, before rejection

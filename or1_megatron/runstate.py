@@ -1,19 +1,28 @@
-"""Saving and resuming a run: the actor's checkpoint and the driver's state, written whole or not at all."""
+"""A run's checkpoints: written in the background, made visible when whole, checked before a run goes on from one.
+
+    checkpoints/step-000012/     actor/ (Megatron's dist_checkpointing), driver.json, files.json
+    checkpoints/latest           a link to the newest
+
+While it is written a checkpoint has a hidden name. It gets its own, and `latest` moves, when every byte of it is on
+the disk: at the next step, the next save or the end of the run, whichever comes first. files.json holds size and
+CRC-32 of all other files: a run goes on from the newest checkpoint whose files are what was written.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from or1_megatron.architecture import Architecture
-from or1_megatron.cluster import Cluster
 from or1_megatron.errors import UserError
+from or1_megatron.parallel.file_sums import FileSums, damage, file_sum, sync
 
 _DRIVER_FILE = "driver.json"
+_SUMS_FILE = "files.json"
 
 
 @dataclass
@@ -28,39 +37,94 @@ class RunState:
     group_sizes: list[int]  # of all stages, likewise
 
 
-def save(
-    directory: Path, state: RunState, cluster: Cluster, architecture: Architecture, *, keep: int, keep_every: int
-) -> Path:
-    """Writes checkpoints/step-NNNNNN under a temporary name, renames it when complete, prunes older ones.
+class Actor(Protocol):
+    """What a checkpoint is taken from; see cluster.py."""
 
-    Raises UserError before writing anything when the disk cannot hold it.
-    """
-    final = directory / f"step-{state.step:06d}"
-    if final.exists():
-        return final
-    needed = architecture.num_parameters * 16  # fp32 main weights and two moments, the model's own copy at most fp32
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise UserError(
-            f"disk full: a checkpoint needs {needed / 1e9:.2f} GB, {directory} has {free / 1e9:.2f} GB free; "
-            "free space there, or resume with runs_dir on another disk"
-        )
-    partial = directory / f".{final.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "actor").mkdir(parents=True)
-    try:
-        cluster.save(partial / "actor")
-        with (partial / _DRIVER_FILE).open("w") as file:
-            json.dump(asdict(state), file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(final)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    for old in outdated(completed(directory), keep=keep, keep_every=keep_every):
-        shutil.rmtree(old)
-    return final
+    def begin_save(self, directory: Path) -> None: ...
+    def save_written(self) -> bool: ...
+    def finish_save(self) -> FileSums: ...
+
+
+class Checkpoints:
+    """The checkpoints of one run. At most one is being written at a time."""
+
+    def __init__(self, directory: Path, actor: Actor, architecture: Architecture, *, keep: int, keep_every: int):
+        self._directory, self._actor, self._keep, self._keep_every = directory, actor, keep, keep_every
+        self._num_bytes = architecture.num_parameters * 16  # fp32 main weights, two moments, the model's own copy
+        self._writing: tuple[RunState, Path] | None = None
+
+    def begin(self, state: RunState) -> None:
+        """Has step-NNNNNN written; the run may go on meanwhile. Waits for the checkpoint before.
+
+        Raises UserError before writing anything when the disk cannot hold it, and when the one before failed.
+        """
+        self.finish()
+        if _place(self._directory, state.step).exists():
+            return
+        free = shutil.disk_usage(self._directory).free
+        if free < self._num_bytes:
+            raise UserError(
+                f"disk full: a checkpoint needs {self._num_bytes / 1e9:.2f} GB, {self._directory} has "
+                f"{free / 1e9:.2f} GB free; free space there, or resume with runs_dir on another disk"
+            )
+        for left in self._directory.glob(".step-*"):  # of a run that was killed
+            shutil.rmtree(left)
+        # No other process writes under this name, not even a writer that outlives a killed run for a moment.
+        partial = self._directory / f".step-{state.step:06d}.{os.getpid()}"
+        (partial / "actor").mkdir(parents=True)
+        try:
+            self._actor.begin_save(partial / "actor")
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        self._writing = state, partial
+
+    def publish_if_written(self) -> None:
+        """Ends a save whose files are there, without waiting. Raises UserError when they could not be written."""
+        if self._writing and self._actor.save_written():
+            self.finish()
+
+    def finish(self) -> None:
+        """Waits for the files, makes the checkpoint visible, deletes outdated ones. Raises UserError."""
+        if self._writing is None:
+            return
+        (state, partial), self._writing = self._writing, None
+        try:
+            sums = {f"actor/{name}": value for name, value in self._actor.finish_save().items()}
+            _seal(partial, state, sums)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        final = partial.rename(_place(self._directory, state.step))
+        _point_latest_to(final)
+        for old in outdated(completed(self._directory), keep=self._keep, keep_every=self._keep_every):
+            shutil.rmtree(old.rename(old.with_name(f".{old.name}.old")))  # a half-deleted one is never seen
+
+
+def _seal(partial: Path, state: RunState, sums: FileSums) -> None:
+    """Adds driver.json and files.json, and syncs every file and folder."""
+    (partial / _DRIVER_FILE).write_text(json.dumps(asdict(state), indent=1))
+    for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+        sync(path)
+        name = str(path.relative_to(partial))
+        if name not in sums:  # the small ones, not written by the ranks' writers
+            sums[name] = file_sum(path)
+    (partial / _SUMS_FILE).write_text(json.dumps(sums, indent=1))
+    sync(partial / _SUMS_FILE)
+    sync(partial / "actor")
+    sync(partial)
+
+
+def _point_latest_to(checkpoint: Path) -> None:
+    link = checkpoint.with_name(".latest")
+    link.unlink(missing_ok=True)
+    link.symlink_to(checkpoint.name)
+    link.replace(checkpoint.with_name("latest"))
+    sync(checkpoint.parent)
+
+
+def _place(directory: Path, step: int) -> Path:
+    return directory / f"step-{step:06d}"
 
 
 def outdated(checkpoints: list[Path], *, keep: int, keep_every: int) -> list[Path]:
@@ -70,28 +134,56 @@ def outdated(checkpoints: list[Path], *, keep: int, keep_every: int) -> list[Pat
 
 def completed(directory: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path for path in directory.glob("step-*") if (path / _DRIVER_FILE).is_file())
+    return sorted(path for path in directory.glob("step-*") if (path / _SUMS_FILE).is_file())
 
 
-def newest(directory: Path, architecture: Architecture, group_sizes: list[int]) -> tuple[Path, RunState]:
-    """The newest complete checkpoint. Raises UserError: none there, or of another model or group size."""
-    found = completed(directory)
-    if not found:
-        raise UserError(f"{directory} holds no complete checkpoint; the run cannot be resumed, start it anew")
-    state = RunState(**json.loads((found[-1] / _DRIVER_FILE).read_text()))
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to go on from, and newer ones that cannot be used."""
+
+    path: Path
+    state: RunState
+    damaged: dict[Path, str] = field(default_factory=dict)  # what is wrong with each
+
+    def set_damaged_aside(self) -> list[str]:
+        """Renames them, so that the run can come by these steps again; one line for each."""
+        lines = []
+        for path, what in self.damaged.items():
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            _point_latest_to(self.path)
+            lines.append(f"{path} is damaged ({what}); going on from {self.path.name}, it is now {aside.name}")
+        return lines
+
+
+def newest(directory: Path, architecture: Architecture, group_sizes: list[int]) -> Found:
+    """The newest sound checkpoint. Raises UserError: none there, or of another model or group size."""
+    damaged: dict[Path, str] = {}
+    for path in sorted(directory.glob("step-*"), reverse=True):
+        what = _damage(path)
+        if not what:
+            break
+        damaged[path] = what
+    else:
+        found = "; ".join(f"{path.name}: {what}" for path, what in damaged.items())
+        holds = f"only damaged checkpoints ({found})" if damaged else "no complete checkpoint"
+        raise UserError(f"{directory} holds {holds}; the run cannot be resumed, start it anew")
+    state = RunState(**json.loads((path / _DRIVER_FILE).read_text()))
     if state.model != asdict(architecture):
         differing = [key for key, value in asdict(architecture).items() if state.model.get(key) != value]
-        raise UserError(f"{found[-1]} was made with another model: {', '.join(differing)} differ from model.path")
+        raise UserError(f"{path} was made with another model: {', '.join(differing)} differ from model.path")
     if any(old != new for old, new in zip(state.group_sizes, group_sizes, strict=False)):
         raise UserError(
-            f"{found[-1]} was made with rollout.group_size={state.group_sizes}, now it is {group_sizes} (one per "
+            f"{path} was made with rollout.group_size={state.group_sizes}, now it is {group_sizes} (one per "
             "stage); resume with the same"
         )
-    return found[-1], state
+    return Found(path, state, damaged)
 
 
-def restore(directory: Path, cluster: Cluster, architecture: Architecture, group_sizes: list[int]) -> RunState:
-    """Loads the `newest` checkpoint into the actor."""
-    path, state = newest(directory, architecture, group_sizes)
-    cluster.load(path / "actor")
-    return state
+def _damage(checkpoint: Path) -> str:
+    try:
+        sums = json.loads((checkpoint / _SUMS_FILE).read_text())
+    except (OSError, ValueError):
+        return f"{_SUMS_FILE} cannot be read"
+    return damage(checkpoint, sums)

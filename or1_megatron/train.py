@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from or1_megatron import runstate
 from or1_megatron.cluster import Cluster
 from or1_megatron.collect import collect, rollout_metrics
 from or1_megatron.config import Config
@@ -20,6 +19,7 @@ from or1_megatron.reward.preflight import check_rewards
 from or1_megatron.reward.service import RewardService
 from or1_megatron.run import Run, Stop, group_sizes, learning_rate
 from or1_megatron.runfolder import RunFolder
+from or1_megatron.runstate import newest
 
 
 def train(config: Config, resume: Path | None = None) -> int:
@@ -27,8 +27,7 @@ def train(config: Config, resume: Path | None = None) -> int:
     architecture, sources, held_out = check_inputs(config)
     isolation = check_rewards(config.reward, [*chain(*sources), *held_out])
     folder = RunFolder.open(resume) if resume else RunFolder.create(config)
-    if resume:
-        runstate.newest(folder.checkpoints, architecture, group_sizes(config))  # refuses before a process is started
+    found = newest(folder.checkpoints, architecture, group_sizes(config)) if resume else None
     stop = Stop()
     with (
         stop.installed(),
@@ -40,15 +39,15 @@ def train(config: Config, resume: Path | None = None) -> int:
         if isolation:
             display.message(isolation)
         run = Run(config, architecture, folder, cluster, rewards, display, stop, sources, held_out)
-        if resume:
-            run.restore()
+        if found:
+            run.restore(found)
         started = time.monotonic()
         try:
             magic(run)
         except StopRequested:
-            saved = run.save()
+            run.save()
             again = f"or1 train --resume {folder.path}"
-            raise StopRequested(f"stopped after step {run.state.step}, saved {saved}; continue with: {again}") from None
+            raise StopRequested(f"stopped after step {run.state.step}, saved it; continue with: {again}") from None
         finally:
             folder.close()
         minutes = (time.monotonic() - started) / 60
@@ -71,9 +70,7 @@ def magic(run: Run) -> None:
             alpha = run.controller.alpha(e_k)
             metrics |= run.updater.step(rollout, alpha=alpha, learning_rate=learning_rate(config, step))
             metrics |= rollout_metrics(rollout) | run.finish(step, rollout)
-            due = config.save_interval and step % config.save_interval == 0
-            if due or step == config.steps or run.stop.requested:
-                run.save()
+            run.save_if_due(step)
         metrics |= {"entropy/signal": e_k, "entropy/c": run.controller.coefficient, "entropy/alpha": alpha}
         run.record(step, metrics, rollout)
         if run.stop.requested:

@@ -22,6 +22,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.module import Float16Module
 
 from or1_megatron.actor import checkpoint
+from or1_megatron.actor.checkpoint_writer import CheckpointWriter
 from or1_megatron.actor.mesh import build_mesh
 from or1_megatron.actor.model import DTYPES, build_model, hand_hidden_states_through, head_inputs, packed_parameters
 from or1_megatron.actor.weights import WeightSource
@@ -31,6 +32,7 @@ from or1_megatron.errors import RunFailure
 from or1_megatron.parallel.context import Part, gather, part_of
 from or1_megatron.parallel.device import device, peak_flops, release_memory, trim_host_memory, use_transformer_engine
 from or1_megatron.parallel.dims import Dims
+from or1_megatron.parallel.file_sums import FileSums
 from or1_megatron.parallel.offload import Offload
 from or1_megatron.parallel.vocab import Shard, log_probs_and_entropy
 from or1_megatron.parallel.vocab_head import forget_buffers, head_log_probs_and_entropy, head_loss
@@ -77,6 +79,7 @@ class MegatronActor:
             "optimizer": Offload(lambda: checkpoint.state_tensors(self.optimizer), keep=True),
         }
         self._reference = [p.detach().cpu().clone() for p in model.parameters()] if config.loss.kl_coefficient else None
+        self._writer: CheckpointWriter | None = None
         self._max_seqlen = (config.token_budget // config.alignment + 2) * config.alignment
 
     def _optimizer_config(self) -> OptimizerConfig:
@@ -308,15 +311,27 @@ class MegatronActor:
             f"{values_T2[place, 1]}); no optimizer step was taken"
         )
 
-    def save(self, directory: Path) -> None:
-        """Writes weights, optimizer and generators into an existing empty directory. Collective."""
+    def begin_save(self, directory: Path) -> None:
+        """Has weights, optimizer and generators written into an existing empty directory. Collective."""
+        assert self._writer is None, "the save before has not been finished"
         self.model.offload_grad_buffers()  # what the writer copies takes their place
         release_memory()
-        checkpoint.save(directory, self._gpt, self.optimizer, self.mesh)
+        self._writer = checkpoint.begin_save(directory, self._gpt, self.optimizer, self.mesh)
+        release_memory()
         self.model.restore_grad_buffers()
 
+    def save_written(self) -> bool:
+        """Whether this rank's files of the save that has begun are there."""
+        return self._writer is not None and self._writer.written
+
+    def finish_save(self) -> FileSums:
+        """Waits for the save that has begun; this rank's files. Collective. Raises UserError."""
+        assert self._writer is not None, "no save has begun"
+        writer, self._writer = self._writer, None
+        return writer.finish()
+
     def load(self, directory: Path) -> None:
-        """Restores what `save` wrote, at any degrees. Collective."""
+        """Restores what a save wrote, at any degrees. Collective."""
         checkpoint.load(directory, self._gpt, self.optimizer, self.mesh)
 
 

@@ -18,9 +18,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
-from torch.distributed.checkpoint.api import CheckpointException
 
 from or1_megatron.actor import optimizer_state
+from or1_megatron.actor.checkpoint_writer import CheckpointWriter
 from or1_megatron.actor.mesh import Mesh
 from or1_megatron.errors import UserError
 from or1_megatron.parallel.device import own_optimizer_steps
@@ -76,8 +76,8 @@ def _generators(mesh: Mesh) -> ShardedObject:
     return ShardedObject(key, generators, shape, place, replica_id=0)
 
 
-def save(directory: Path, model: Any, optimizer: Any, mesh: Mesh) -> None:
-    """Collective; `directory` exists and is empty. Raises UserError when a rank cannot write its files."""
+def begin_save(directory: Path, model: Any, optimizer: Any, mesh: Mesh) -> CheckpointWriter:
+    """Collective; `directory` exists and is empty. The state may change as soon as this returns."""
     weights, part = model.sharded_state_dict(), _part(optimizer)
     optimizer_state.own_weights(part, weights)
     state = {
@@ -86,14 +86,7 @@ def save(directory: Path, model: Any, optimizer: Any, mesh: Mesh) -> None:
         "optimizer_state": optimizer_state.to_save(part, weights),
         "generators": _generators(mesh),
     }
-    try:
-        dist_checkpointing.save(state, str(directory))
-    except CheckpointException as error:
-        reasons = sorted({str(failure[0]) for failure in error.failures.values()})
-        raise UserError(
-            f"the checkpoint {directory} could not be written: {'; '.join(reasons)}; "
-            "make room there, or resume with runs_dir on another disk"
-        ) from None
+    return CheckpointWriter(directory, state)
 
 
 def load(directory: Path, model: Any, optimizer: Any, mesh: Mesh) -> None:

@@ -27,9 +27,10 @@ from or1_megatron.handover import ACTOR_PARTS, ENGINE_PARTS, Handover, Part, Pha
 from or1_megatron.parallel import shared_memory
 from or1_megatron.parallel.bucket import plan_buckets
 from or1_megatron.parallel.dims import Dims
+from or1_megatron.parallel.file_sums import FileSums
 from or1_megatron.parallel.layout import hf_shapes
 from or1_megatron.processes import ActorRank, EngineProcess
-from or1_megatron.rollout.engine import EngineSpec, SamplingSpec
+from or1_megatron.rollout.engine import SamplingSpec, engine_spec
 from or1_megatron.types import Group, MicroBatch, Prompt, TokenValues, UpdateResult
 
 _PING_INTERVAL_S = 5.0
@@ -207,23 +208,22 @@ class Cluster:
     def log_probs(self, batches: list[list[MicroBatch]], temperature: float | None = None) -> list[list[TokenValues]]:
         """Per replica and micro-batch; `batches[dp]` are replica dp's micro-batches."""
         self._enter(Phase.SCORE)
-        return self._reports(lambda rank, mine: rank.call.remote("log_probs", mine, temperature=temperature), batches)
+        return self._reports("log_probs", batches, temperature=temperature)
 
     def reference_log_probs(self, batches: list[list[MicroBatch]], temperature: float) -> list[list[TokenValues]]:
         """As `log_probs`, of the model at model.path."""
         self._enter(Phase.SCORE)
-        return self._reports(
-            lambda rank, mine: rank.call.remote("reference_log_probs", mine, temperature=temperature), batches
-        )
+        return self._reports("reference_log_probs", batches, temperature=temperature)
 
     def update(self, batches: list[list[MicroBatch]], **settings: Any) -> list[UpdateResult]:
         """One optimizer step; per replica its result. See MegatronActor.update."""
         self._enter(Phase.UPDATE)
-        return self._reports(lambda rank, mine: rank.call.remote("update", mine, **settings), batches)
+        return self._reports("update", batches, **settings)
 
-    def _reports(self, ask: Callable[[Any, Any], Any], batches: list[list[MicroBatch]]) -> list[Any]:
+    def _reports(self, method: str, batches: list[list[MicroBatch]], **settings: Any) -> list[Any]:
         stored = [ray.put(mine) for mine in batches]
-        results = self._wait([ask(rank, stored[self.dims.coordinates(i).dp]) for i, rank in enumerate(self._ranks)])
+        mine = [stored[self.dims.coordinates(i).dp] for i in range(len(self._ranks))]
+        results = self._wait([r.call.remote(method, mine[i], **settings) for i, r in enumerate(self._ranks)])
         return [results[i] for i in self.dims.reporting_ranks()]
 
     def ask(self, method: str, *args: Any, ranks: list[int] | None = None) -> dict[str, Any]:
@@ -236,13 +236,24 @@ class Cluster:
         """Of one actor rank's device; see parallel/device.py."""
         return self._wait([self._ranks[0].call.remote("peak_flops")])[0]
 
-    def save(self, directory: Path) -> None:
+    def begin_save(self, directory: Path) -> None:
+        """Returns when the actor may change again; its ranks' files are written in the background."""
         self._enter(Phase.CHECKPOINT)
-        self._wait([rank.call.remote("save", directory) for rank in self._ranks])
+        self._on_ranks("begin_save", directory)
+
+    def save_written(self) -> bool:
+        return all(self._on_ranks("save_written"))
+
+    def finish_save(self) -> FileSums:
+        """Waits for the files; bytes and CRC-32 of each. Raises UserError when one could not be written."""
+        return {name: sums for files in self._on_ranks("finish_save") for name, sums in files.items()}
 
     def load(self, directory: Path) -> None:
         self._enter(Phase.CHECKPOINT)
-        self._wait([rank.call.remote("load", directory) for rank in self._ranks])
+        self._on_ranks("load", directory)
+
+    def _on_ranks(self, method: str, *arguments: Any) -> list[Any]:
+        return self._wait([rank.call.remote(method, *arguments) for rank in self._ranks])
 
     def _wait(self, refs: list[Any]) -> list[Any]:
         """Results in order; the first failure of any of them, or of any other worker, ends the wait."""
@@ -306,25 +317,6 @@ class Cluster:
                 raise RunFailure(f"{log.stem} died; its log is {log}", _tail(log)) from None
             except RayError:
                 continue
-
-
-def engine_spec(config: Config, index: int, can_sleep: bool = False, devices: tuple[int, ...] = ()) -> EngineSpec:
-    rollout = config.rollout
-    processes = rollout.num_engines * rollout.engine_tp
-    return EngineSpec(
-        model_path=config.model.path,
-        dtype=config.engine_dtype,
-        context_length=rollout.context_length,
-        seed=config.seed + index,
-        kv_cache_gb=rollout.kv_cache_gb,
-        gpu_memory_utilization=rollout.gpu_memory_utilization,
-        max_batched_tokens=rollout.max_batched_tokens,
-        enforce_eager=rollout.enforce_eager,
-        can_sleep=can_sleep,
-        num_threads=max(1, rollout.cpu_threads_per_engine or (os.cpu_count() or 1) // processes),
-        tensor_parallel=rollout.engine_tp,
-        devices=devices,
-    )
 
 
 def _tail(log: Path, lines: int = 20) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from or1_megatron.architecture import read_architecture
+from or1_megatron.config import Config
 from or1_megatron.errors import RunFailure
 from or1_megatron.parallel import device
 from or1_megatron.parallel.layout import hf_shapes
@@ -49,6 +50,25 @@ class EngineSpec:
     can_sleep: bool = False  # gives its memory up between rollouts; vLLM does so on a GPU only
     tensor_parallel: int = 1  # processes, of a GPU each, that share the model
     devices: tuple[int, ...] = ()  # the node's GPUs it runs on; empty: those the process was given
+
+
+def engine_spec(config: Config, index: int, can_sleep: bool = False, devices: tuple[int, ...] = ()) -> EngineSpec:
+    rollout = config.rollout
+    processes = rollout.num_engines * rollout.engine_tp
+    return EngineSpec(
+        model_path=config.model.path,
+        dtype=config.engine_dtype,
+        context_length=rollout.context_length,
+        seed=config.seed + index,
+        kv_cache_gb=rollout.kv_cache_gb,
+        gpu_memory_utilization=rollout.gpu_memory_utilization,
+        max_batched_tokens=rollout.max_batched_tokens,
+        enforce_eager=rollout.enforce_eager,
+        can_sleep=can_sleep,
+        num_threads=max(1, rollout.cpu_threads_per_engine or (os.cpu_count() or 1) // processes),
+        tensor_parallel=rollout.engine_tp,
+        devices=devices,
+    )
 
 
 @dataclass(frozen=True)

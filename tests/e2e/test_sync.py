@@ -71,7 +71,8 @@ def test_engines_equal_a_fresh_one_of_the_export_and_do_not_drift(tmp_path: Path
             cluster.push_weights(version)
             assert cluster.engine_log_probs(PROBE) == told, f"drifted at push {version} with a learning rate of 0"
         (tmp_path / "actor").mkdir()
-        cluster.save(tmp_path / "actor")
+        cluster.begin_save(tmp_path / "actor")
+        cluster.finish_save()
     megatron_to_hf(tmp_path / "actor", model, tmp_path / "exported")
     with Cluster(config_of(tmp_path / "exported"), tmp_path / "fresh", with_actor=False) as cluster:
         fresh = greedy(cluster)

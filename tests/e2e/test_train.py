@@ -199,20 +199,25 @@ def test_off_policy_and_resume(workplace: Path) -> None:
 
 
 def test_two_stages_and_a_bitwise_resume(workplace: Path) -> None:
-    """Four steps over two stages equal three steps, a resume in mid-stage and one more: numbers, responses, weights."""
-    table = "stages=[{until: 2, context_length: 48, mini_batch_size: 2}, {until: 4, rollout_batch_size: 2}]"
+    """Four steps over two stages equal three steps with a save in the background at each, the last of them damaged, a
+    resume in mid-stage and two more: numbers, responses, weights."""
+    table = "stages=[{until: 1, context_length: 48, mini_batch_size: 2}, {until: 4, rollout_batch_size: 2}]"
     options = ["parallel.num_ranks=2", "loss.old_log_probs=recompute", "entropy.rule=paper", "entropy.target=9", table]
     straight, cut = workplace / "run-straight", workplace / "run-cut"
-    for run, words in ((straight, ["steps=4"]), (cut, ["steps=3"])):
+    for run, words in ((straight, ["steps=4"]), (cut, ["steps=3", "save_interval=1"])):
         process = start(workplace, "recipe.yaml", f"run_dir={run}", "evaluation.files=[]", *options, *words)
         output = finish(process)
         assert process.returncode == 0, output
-    assert "stage 2 of 2 from step 3: context 64, D_R 2, D_T 2, gs 2, N_SGD 1" in output
+    assert "stage 2 of 2 from step 2: context 64, D_R 2, D_T 2, gs 2, N_SGD 1" in output
+    damaged = cut / "checkpoints" / "step-000003"
+    with (damaged / "actor" / "__1_0.distcp").open("r+b") as file:
+        file.truncate(file.seek(0, os.SEEK_END) - 1)
     process = start(workplace, "--resume", str(cut), "steps=4")
     output = finish(process)
-    assert process.returncode == 0 and "resumed after step 3" in output, output
+    assert process.returncode == 0 and "resumed after step 2" in output, output
+    assert f"{damaged} is damaged (actor/__1_0.distcp has " in output, output
     rows = [[row for row in metrics(run) if "loss" in row] for run in (straight, cut)]
-    assert [row["sgd_steps"] for row in rows[0]] == [2, 2, 1, 1] and [row["stage"] for row in rows[0]] == [1, 1, 2, 2]
+    assert [row["sgd_steps"] for row in rows[0]] == [2, 1, 1, 1] and [row["stage"] for row in rows[0]] == [1, 2, 2, 2]
     measured = "second|mfu|latency|idle|memory"
     for one, other in zip(*rows, strict=True):
         one, other = ({n: row[n] for n in row if not re.search(measured, n)} for row in (one, other))
@@ -262,7 +267,7 @@ def test_ctrl_c_saves_and_resumes(workplace: Path) -> None:
     output = finish(process, 90)
     assert process.returncode == 130, output
     assert f"or1 train --resume {run}" in output
-    saved = sorted((run / "checkpoints").iterdir())
+    saved = sorted((run / "checkpoints").glob("step-*"))
     assert len(saved) == 1 and (saved[0] / "driver.json").is_file(), saved
     nothing_left(workplace)
     process = start(workplace, "--resume", str(run), f"steps={len(metrics(run)) + 1}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Any
 
 import torch
 
+from or1_megatron.actor import checkpoint_writer
 from or1_megatron.actor.actor import MegatronActor
 from or1_megatron.actor.model import named_entries
 from or1_megatron.config import Config
@@ -162,20 +165,24 @@ def exported(rank: int, world_size: int, config: Config) -> dict[str, torch.Tens
 
 def save_and_go_on(
     rank: int, world_size: int, config: Config, sequences: list[Sequence], directory: Path, steps: int
-) -> list[float]:
-    """Two steps, a save, then `steps` more; the losses of the latter."""
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Two steps, then `steps` more while the state of that moment is written; the latter's losses, the last state."""
     actor = MegatronActor(config, rank)
+    torch.rand(rank + 1)  # every rank's generator is somewhere else
     update_times(actor, sequences, 2)
-    actor.save(directory)
-    return update_times(actor, sequences, steps)
+    actor.begin_save(directory)
+    losses = update_times(actor, sequences, steps)
+    actor.finish_save()
+    return losses, [*_state(actor), torch.rand(3)]
 
 
 def load_and_go_on(
     rank: int, world_size: int, config: Config, sequences: list[Sequence], directory: Path, steps: int
-) -> list[float]:
+) -> tuple[list[float], list[torch.Tensor]]:
     actor = MegatronActor(config, rank)
     actor.load(directory)
-    return update_times(actor, sequences, steps)
+    losses = update_times(actor, sequences, steps)
+    return losses, [*_state(actor), torch.rand(3)]
 
 
 def update_times(actor: MegatronActor, sequences: list[Sequence], steps: int) -> list[float]:
@@ -208,11 +215,26 @@ def updates_with_handovers(
 
 
 def save_on_a_full_disk(rank: int, world_size: int, config: Config, directory: Path) -> str:
-    """What `save` says when no file can grow beyond 16 KiB on any rank."""
+    """What a save says when no file can grow beyond 16 KiB on any rank."""
     actor = MegatronActor(config, rank)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
     try:
-        actor.save(directory)
+        actor.begin_save(directory)
+        actor.finish_save()
+    except Exception as error:
+        return repr(error)
+    return ""
+
+
+def save_with_a_killed_writer(rank: int, world_size: int, config: Config, directory: Path) -> str:
+    """What a save says when the writing processes are killed."""
+    actor = MegatronActor(config, rank)
+    checkpoint_writer.file_sum = lambda path: time.sleep(600)  # type: ignore[assignment]
+    actor.begin_save(directory)
+    assert not actor.save_written()
+    os.kill(actor._writer._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
+    try:
+        actor.finish_save()
     except Exception as error:
         return repr(error)
     return ""

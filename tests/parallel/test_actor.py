@@ -209,11 +209,15 @@ def test_resume_is_bitwise_and_loads_at_other_degrees(models: dict, tmp_path: Pa
     config = make_config(models["llama"], tp=2, dp=2)
     went_on = run_ranks(4, ranks_actor.save_and_go_on, config, sequences, directory, 2)
     resumed = run_ranks(4, ranks_actor.load_and_go_on, config, sequences, directory, 2)
-    assert resumed == went_on
-    total = [sum(losses) for losses in zip(*went_on, strict=True)]
+    for (losses, state), (expected, wanted) in zip(resumed, went_on, strict=True):
+        assert losses == expected and len(state) == len(wanted) > 10
+        assert all(map(torch.equal, state, wanted)), "weights, moments or generator differ"
+    assert len({tuple(state[-1].tolist()) for _, state in went_on}) == 4, "the ranks share a generator"
+    total = [sum(losses) for losses in zip(*(losses for losses, _ in went_on), strict=True)]
     for other in [make_config(models["llama"], pp=2), make_config(models["llama"], dp=2)]:
         ranks = run_ranks(2, ranks_actor.load_and_go_on, other, sequences, directory, 2)
-        assert [sum(losses) for losses in zip(*ranks, strict=True)] == pytest.approx(total, rel=1e-4)
+        found = [sum(losses) for losses in zip(*(losses for losses, _ in ranks), strict=True)]
+        assert found == pytest.approx(total, rel=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -232,6 +236,15 @@ def test_a_full_disk_while_saving_is_one_clear_error(models: dict, tmp_path: Pat
     config = make_config(models["llama"], dp=2)
     said = run_ranks(2, ranks_actor.save_on_a_full_disk, config, tmp_path / "checkpoint")
     assert said[0].startswith("UserError") and "File too large" in said[0] and "\\n" not in said[0], said
+    assert all(said)
+
+
+def test_a_killed_writer_is_one_clear_error(models: dict, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    said = run_ranks(
+        2, ranks_actor.save_with_a_killed_writer, make_config(models["llama"], dp=2), tmp_path / "checkpoint"
+    )
+    assert said[0].startswith("UserError") and "the writing process ended with exit code -9" in said[0], said
     assert all(said)
 
 

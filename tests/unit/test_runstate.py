@@ -1,8 +1,8 @@
-"""Which checkpoint a run goes on from, what it refuses, and which ones are deleted."""
+"""How a checkpoint becomes visible, which one a run goes on from, what it refuses, and which ones are deleted."""
 
 from __future__ import annotations
 
-import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import pytest
 
 from or1_megatron.architecture import Architecture, read_architecture
 from or1_megatron.errors import UserError
-from or1_megatron.runstate import RunState, newest, outdated
+from or1_megatron.parallel.file_sums import FileSums, file_sum
+from or1_megatron.runstate import Checkpoints, RunState, completed, newest, outdated
 from tests.tiny_models import write_tiny_model
 
 
@@ -19,27 +20,113 @@ def architecture(tmp_path_factory: pytest.TempPathFactory) -> Architecture:
     return read_architecture(write_tiny_model(tmp_path_factory.mktemp("m") / "model", "llama", tied=True))
 
 
-def write(directory: Path, step: int, architecture: Architecture) -> RunState:
-    state = RunState(step, {}, {}, {}, asdict(architecture), [4, 16])
-    folder = directory / f"step-{step:06d}"
-    folder.mkdir()
-    (folder / "driver.json").write_text(json.dumps(asdict(state)))
-    return state
+class OneFile:
+    """An actor of a few bytes, whose file is written when it is told so."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.ready, self._fails = False, fails
+
+    def begin_save(self, directory: Path) -> None:
+        (directory / "metadata.json").write_text("{}")
+        self._file = directory / "weights"
+
+    def save_written(self) -> bool:
+        return self.ready
+
+    def finish_save(self) -> FileSums:
+        if self._fails:
+            raise UserError("no space")
+        self._file.write_bytes(b"weights" * 100)
+        return {"weights": file_sum(self._file)}
 
 
-def test_the_newest_complete_one_is_taken(tmp_path: Path, architecture: Architecture):
-    write(tmp_path, 9, architecture)
-    state = write(tmp_path, 10, architecture)
-    (tmp_path / "step-000011").mkdir()  # no driver.json: not complete
-    (tmp_path / ".step-000012.partial").mkdir()
-    assert newest(tmp_path, architecture, [4, 16]) == (tmp_path / "step-000010", state)
-    assert newest(tmp_path, architecture, [4, 16, 64])[1] == state  # a stage added at the end
+def state_after(step: int, architecture: Architecture) -> RunState:
+    return RunState(step, {}, {}, {}, asdict(architecture), [4, 16])
+
+
+def write(directory: Path, step: int, architecture: Architecture, keep: int = 9) -> Path:
+    checkpoints = Checkpoints(directory, OneFile(), architecture, keep=keep, keep_every=0)
+    checkpoints.begin(state_after(step, architecture))
+    checkpoints.finish()
+    return directory / f"step-{step:06d}"
+
+
+def test_a_checkpoint_is_visible_when_it_is_written(tmp_path: Path, architecture: Architecture):
+    write(tmp_path, 1, architecture)
+    actor = OneFile()
+    checkpoints = Checkpoints(tmp_path, actor, architecture, keep=2, keep_every=0)
+    for step in (2, 3):
+        checkpoints.begin(state_after(step, architecture))
+        checkpoints.publish_if_written()
+        # The save before is waited for, this one is not.
+        assert [path.name for path in completed(tmp_path)] == [f"step-00000{n}" for n in range(max(1, step - 2), step)]
+        assert (tmp_path / "latest").resolve().name == f"step-00000{step - 1}"
+    actor.ready = True
+    checkpoints.publish_if_written()
+    assert newest(tmp_path, architecture, [4, 16]).state == state_after(3, architecture)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000002", "step-000003"]
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path: Path, architecture: Architecture):
+    (tmp_path / ".step-000007.123" / "actor").mkdir(parents=True)
+    write(tmp_path, 8, architecture)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000008"]
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, architecture: Architecture):
+    checkpoints = Checkpoints(tmp_path, OneFile(fails=True), architecture, keep=2, keep_every=0)
+    checkpoints.begin(state_after(1, architecture))
+    with pytest.raises(UserError, match="no space"):
+        checkpoints.begin(state_after(2, architecture))
+    assert list(tmp_path.iterdir()) == []
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("harm", "name", "said"),
+    [
+        (flip, "actor/weights", "the bytes of actor/weights are not those that were written"),
+        (cut, "actor/weights", "actor/weights has 699 of 700 bytes"),
+        (Path.unlink, "actor/metadata.json", "actor/metadata.json is missing"),
+        (flip, "driver.json", "the bytes of driver.json are not those that were written"),
+        (cut, "files.json", "files.json cannot be read"),
+        (Path.unlink, "files.json", "files.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, architecture: Architecture, harm, name: str, said: str):
+    for step in (9, 10):
+        write(tmp_path, step, architecture)
+    harm(tmp_path / "step-000010" / name)
+    found = newest(tmp_path, architecture, [4, 16])
+    assert found.state == state_after(9, architecture)
+    (line,) = found.set_damaged_aside()
+    assert line.startswith(f"{tmp_path}/step-000010 is damaged ({said}); going on from step-000009"), line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["damaged-step-000010", "latest", "step-000009"]
+    assert (tmp_path / "latest").resolve().name == "step-000009"
+    write(tmp_path, 10, architecture)  # the run comes by this step again
+    assert newest(tmp_path, architecture, [4, 16]).state.step == 10
+
+
+def test_only_damaged_ones_cannot_be_resumed(tmp_path: Path, architecture: Architecture):
+    with pytest.raises(UserError, match="no complete checkpoint"):
+        newest(tmp_path, architecture, [4, 16])
+    shutil.rmtree(write(tmp_path, 9, architecture) / "actor")
+    with pytest.raises(UserError, match=r"only damaged checkpoints \(step-000009: actor/weights is missing\)"):
+        newest(tmp_path, architecture, [4, 16])
 
 
 def test_another_model_or_group_size_is_refused(tmp_path: Path, architecture: Architecture):
-    with pytest.raises(UserError, match="no complete checkpoint"):
-        newest(tmp_path, architecture, [4, 16])
     write(tmp_path, 3, architecture)
+    assert newest(tmp_path, architecture, [4, 16, 64]).state.step == 3  # a stage added at the end
     with pytest.raises(UserError, match=r"another model: num_layers, norm_eps differ"):
         newest(tmp_path, replace(architecture, num_layers=7, norm_eps=0.5), [4, 16])
     with pytest.raises(UserError, match=r"rollout.group_size=\[4, 16\], now it is \[4, 8\]"):

@@ -1,0 +1,113 @@
+"""Writes one rank's files of a checkpoint in a process of its own, while the rank goes on.
+
+The process is forked when the state has been gathered (on a GPU: copied to the host), so it holds the state of that
+moment for nothing but the pages that the rank changes meanwhile. Megatron plans the files and writes the metadata in
+the end (`AsyncRequest`); its own writers are not used: their results go through a manager process that takes 5 to
+20 s to start, and they wait forever for a writer that was killed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.api import CheckpointException
+
+from or1_megatron.errors import UserError
+from or1_megatron.parallel.file_sums import FileSums, file_sum
+
+_FORK = multiprocessing.get_context("fork")
+_PR_SET_PDEATHSIG = 1
+
+
+class CheckpointWriter:
+    """One checkpoint on its way to `directory`, which exists and is empty. Making it and `finish` are collective."""
+
+    def __init__(self, directory: Path, state: dict[str, Any]):
+        self._directory = directory
+        self._results = _Results()
+        filesystem_async._results_queue = self._results  # else Megatron starts its manager
+        request: Any = dist_checkpointing.save(state, str(directory), async_sharded_save=True)
+        self._finalize: list[Callable[[], None]] = request.finalize_fns
+        self._process: Any = None
+        if request.async_fn is not None:
+            buckets = request.async_fn_args[1]
+            arguments = (request.async_fn.args[0], request.preload_fn(), self._results, os.getpid())
+            self._process = _FORK.Process(target=_write, args=arguments, daemon=True)
+            self._process.start()
+            # Only their number is still asked for, and they hold copies of the weights.
+            buckets[:] = [(path, name, ([], [])) for path, name, _ in buckets]
+
+    @property
+    def written(self) -> bool:
+        """Whether `finish` would not have to wait for this rank's files."""
+        return self._process is None or not self._process.is_alive()
+
+    def finish(self) -> FileSums:
+        """Waits, writes the metadata; this rank's files. Raises UserError on all ranks when one could not write."""
+        if self._process is not None:
+            self._process.join()
+            self._results.exit_code = self._process.exitcode
+        try:
+            for finalize in self._finalize:
+                finalize()
+        except CheckpointException as error:
+            reasons = sorted({str(failure[0]) for failure in error.failures.values()})
+            raise UserError(
+                f"the checkpoint {self._directory} could not be written: {'; '.join(reasons)}; "
+                "make room there, or resume with runs_dir on another disk"
+            ) from None
+        return self._results.sums
+
+
+class _Results:
+    """Memory that the writing process shares with its rank; in the place of Megatron's queue."""
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("or1-checkpoint"), "w+b")
+        self.sums: FileSums = {}
+        self.exit_code: int | None = None
+
+    def put(self, results: Any) -> None:
+        pickle.dump(results, self._file)
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        """What Megatron takes for the outcome: results per file, or the exception that prevented them."""
+        if self.exit_code:
+            return RuntimeError(f"the writing process ended with exit code {self.exit_code}")
+        self._file.seek(0)
+        results, self.sums = pickle.load(self._file)
+        return results
+
+
+def _write(transforms: list[Any], buckets: list[Any], results: _Results, parent: int) -> None:
+    """The forked process: one file after another, each synced."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # no writer outlives its rank
+    if os.getppid() != parent:
+        return
+    found, sums = {}, {}
+    for index, bucket in enumerate(buckets):
+        outcome: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
+        running: queue.Queue[int] = queue.Queue()
+        running.put(index)
+        FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, outcome, running, use_fsync=True)
+        _, found[index] = outcome.get()
+        if isinstance(found[index], Exception):
+            results.put((found[index], {}))
+            return
+        path = Path(bucket[0])
+        sums[path.name] = file_sum(path)
+    results.put((found, sums))
