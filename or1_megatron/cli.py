@@ -78,10 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", metavar="DIR", type=Path, help="run folder of the run to go on with")
     train.add_argument("--dry-run", action="store_true", help="print the resolved plan and start nothing")
     train.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="recipe file, then overrides")
-    evaluate = commands.add_parser(
-        "eval", help="evaluate the model of a recipe", usage="or1 eval RECIPE [key=value ...]"
-    )
-    evaluate.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="recipe file, then overrides")
+    _add_evaluate(commands)
     _add_verify(commands)
     _add_convert(commands)
     status = commands.add_parser("status", help="where a run or a Slurm job stands")
@@ -93,6 +90,28 @@ def build_parser() -> argparse.ArgumentParser:
     _add_plan(commands)
     commands.add_parser("doctor", help="check this machine, with a fix for whatever is wrong")
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        "eval",
+        help="accuracy of a model, a run or a recipe on benchmarks",
+        usage="or1 eval MODEL | RUN | RECIPE [--benchmark NAME ...] [--n N] [options] [key=value ...]\n"
+        "       or1 eval --rescore FILE [--out FILE]",
+        description="avg@n and pass@k with 95 % intervals, lengths, truncation; see docs/evaluation.md. Without "
+        "--benchmark: on evaluation.files.",
+    )
+    evaluate.add_argument("words", nargs="*", metavar="MODEL | RUN | RECIPE", help="directory or .yaml, then key=value")
+    evaluate.add_argument(
+        "--benchmark", metavar="NAME", action="append", default=[],
+        help="aime24, aime25, math500, gsm8k, humaneval, mbpp, leetcode, a problem file or a hub id OWNER/NAME[:FILE]; "
+        "once for each",
+    )  # fmt: skip
+    evaluate.add_argument("--problems", metavar="DIR", type=Path, help="the benchmarks' files; default: OR1_PROBLEMS")
+    evaluate.add_argument("--n", metavar="N", type=int, help="responses per problem; is evaluation.num_samples=N")
+    evaluate.add_argument("--limit", metavar="N", type=int, default=0, help="only the first N problems of each")
+    evaluate.add_argument("--out", metavar="FILE", type=Path, help="responses, .parquet; default: in runs_dir")
+    evaluate.add_argument("--rescore", metavar="FILE", type=Path, help="score saved responses again; starts no engine")
 
 
 def _add_verify(commands: Any) -> None:
@@ -200,12 +219,28 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
-    from or1_megatron.recipe import load
+    if options.rescore:
+        if options.words or options.benchmark:
+            raise UserError("--rescore takes the responses of one file; drop the other words")
+        from or1_megatron.scoring import rescore
+        from or1_megatron.sections import RewardConfig
 
-    config = load(*_recipe_and_overrides(options.words, "eval"))
-    from or1_megatron.evaluate import evaluate
+        rescore(options.rescore, RewardConfig(), options.out)
+        return 0
+    target, overrides = _recipe_and_overrides(options.words, "eval")
+    if options.n is not None:
+        overrides = [*overrides, f"evaluation.num_samples={options.n}"]
+    from or1_megatron.scoring import evaluate
 
-    return evaluate(config)
+    evaluate(
+        Path(target),
+        options.benchmark,
+        problems=options.problems,
+        limit=options.limit,
+        out=options.out,
+        overrides=overrides,
+    )
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -272,9 +307,8 @@ def _logs(options: argparse.Namespace) -> int:
 
 def _recipe_and_overrides(words: list[str], command: str) -> tuple[str, list[str]]:
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
-        raise UserError(
-            f"or1 {command} needs a recipe first: or1 {command} RECIPE [key=value ...]; see launch/recipes/"
-        )
+        what = {"train": "RECIPE", "eval": "MODEL, RUN or RECIPE"}[command]
+        raise UserError(f"or1 {command} needs {what} first, then key=value ...; recipes are in launch/recipes/")
     return words[0], words[1:]
 
 

@@ -20,7 +20,7 @@ def load(recipe: str | Path, overrides: list[str] | None = None) -> Config:
 
     A recipe may name another one, relative to its own place, as `inherits`: what it says itself goes over that.
     """
-    return from_tree([*_layers(Path(recipe), ()), *[_override_tree(text) for text in overrides or []]])
+    return from_tree([*_layers(Path(recipe), ()), *[override_tree(text) for text in overrides or []]])
 
 
 def _layers(path: Path, inheriting: tuple[Path, ...]) -> list[tuple[str, dict]]:
@@ -65,7 +65,8 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def _override_tree(text: str) -> tuple[str, dict]:
+def override_tree(text: str) -> tuple[str, dict]:
+    """`key=value` as (origin, nested mapping). Raises UserError."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UserError(f"override {text!r} is not key=value, e.g. optimizer.lr=1e-6")

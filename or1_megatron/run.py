@@ -50,7 +50,7 @@ class Run:
         self.stages = Stages(config)
         self.controller = entropy_controller(config)
         self.updater = Updater(config, architecture, cluster, self.spans)
-        self.evaluator = Evaluator(config, cluster, rewards, held_out, self.spans)
+        self.evaluator = Evaluator(config, cluster, rewards, held_out, self.spans, folder)
         self.state = self.state_after(0)
         keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
         self.checkpoints = Checkpoints(folder.checkpoints, cluster, architecture, **keep)

@@ -10,6 +10,7 @@
     logs/
     slurm/           what slurm/submit.py laid there before the run, and the logs of its jobs
     rollouts/        step-000001.parquet: every response of the step
+    evaluations/     step-000001-T1.parquet: every response to the held-out problems; when there are any
     history/         step-000001.parquet: responses and correct ones per group of the step, before rejection
 
 A file is written under a temporary name, synced and renamed, so no reader ever finds half of one. Only
@@ -18,7 +19,6 @@ metrics.jsonl grows in place; `rewind` drops the torn last line that a crash may
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -27,7 +27,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError
 from or1_megatron.recipe import load, to_yaml
+from or1_megatron.responses import published, write_responses
 from or1_megatron.types import Group
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.rollouts = path / "rollouts"
         self.history = path / "history"
+        self.evaluations = path / "evaluations"
         for folder in (self.logs, self.checkpoints, self.rollouts, self.history):
             folder.mkdir(exist_ok=True)
         self._metrics = path / "metrics.jsonl"
@@ -157,30 +158,15 @@ class RunFolder:
 
     def save_rollouts(self, step: int, groups: list[Group]) -> Path:
         """Writes every response of the step, one row each, and returns the file."""
-        import pyarrow
-        import pyarrow.parquet
-
-        rows = [
-            {
-                "step": step,
-                "uid": sample.prompt.uid,
-                "data_source": sample.prompt.data_source,
-                "index": sample.index,
-                "prompt": sample.prompt.text,
-                "response": sample.text,
-                "reward": sample.reward,
-                "verdict": sample.verdict,
-                "finish_reason": sample.finish_reason,
-                "length": len(sample.tokens),
-                "weight_version": sample.weight_version,
-            }
-            for group in groups
-            for sample in group.samples
-        ]
         path = self.rollouts / f"step-{step:06d}.parquet"
-        with _published(path) as temporary:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_rollout_schema()), temporary)
+        write_responses(path, groups, step=step)
         return path
+
+    def save_evaluation(self, step: int, temperature: float, groups: list[Group]) -> None:
+        """Writes every response to the held-out problems after `step`."""
+        self.evaluations.mkdir(exist_ok=True)
+        path = self.evaluations / f"step-{step:06d}-T{temperature:g}.parquet"
+        write_responses(path, groups, step=step, temperature=temperature)
 
     def save_history(self, step: int, groups: list[Group]) -> None:
         """Writes the correctness of every group of the step, dropped or not: what the online filter reads."""
@@ -194,7 +180,7 @@ class RunFolder:
             "correct": [sum(sample.verdict == "correct" for sample in group.samples) for group in groups],
             "truncated": [sum(group.truncated) for group in groups],
         }
-        with _published(self.history / f"step-{step:06d}.parquet") as temporary:
+        with published(self.history / f"step-{step:06d}.parquet") as temporary:
             pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
 
     def read_history(self, first: int, last: int) -> list[tuple[str, int, int]]:
@@ -237,27 +223,6 @@ class RunFolder:
         return self._tensorboard
 
 
-def _rollout_schema() -> Any:
-    import pyarrow
-
-    text, number = pyarrow.string(), pyarrow.int64()
-    return pyarrow.schema(
-        [
-            ("step", number),
-            ("uid", text),
-            ("data_source", text),
-            ("index", number),
-            ("prompt", text),
-            ("response", text),
-            ("reward", pyarrow.float64()),
-            ("verdict", text),
-            ("finish_reason", text),
-            ("length", number),
-            ("weight_version", number),
-        ]
-    )
-
-
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -287,26 +252,5 @@ def _make_dated(config: Config) -> Path:
 
 
 def _write(path: Path, text: str) -> None:
-    with _published(path) as temporary:
+    with published(path) as temporary:
         temporary.write_text(text)
-
-
-@contextlib.contextmanager
-def _published(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; afterwards syncs the bytes, then renames, then syncs the folder."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -193,7 +193,7 @@ class EvalConfig:
     files: list[str] = key([], "held-out problem files; empty: no evaluation")
     interval: int = key(0, "evaluate every k steps; 0: only before the first and after the last step")
     num_samples: int = key(4, "n: responses per problem, for avg@n and pass@k")
-    temperature: float = key(1.0, "sampling temperature in evaluation")
+    temperatures: list[float] = key([1.0], "sampling temperatures in evaluation; the problems are answered at each")
     top_p: float = key(1.0, "nucleus sampling in evaluation")
 
 

@@ -46,6 +46,9 @@ def validate(config: Config) -> None:
             f"data.weights={weights} must hold one number above 0 for each of the {len(config.data.train)} files of "
             "data.train"
         )
+    temperatures = config.evaluation.temperatures
+    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+        raise UserError(f"evaluation.temperatures={temperatures} must hold different numbers, 0 or more, at least one")
     _validate_parallel(config)
     _validate_profiling(config)
     entropy = config.entropy
@@ -126,7 +129,7 @@ _NOT_NEGATIVE = (
     "save_interval keep_every parallel.token_budget rollout.max_response_length rollout.probe_interval "
     "rollout.probe_tolerance loss.mini_batch_size loss.clip_low loss.clip_high loss.importance_cap "
     "loss.kl_coefficient optimizer.lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
-    "reward.max_failure_rate evaluation.interval evaluation.temperature profiling.trace_steps "
+    "reward.max_failure_rate evaluation.interval profiling.trace_steps "
 ).split()
 
 

@@ -1,8 +1,8 @@
 """`or1 verify FILE`: scores a file of responses, and with --compare the same responses with other people's verifiers.
 
 A row (.jsonl or .parquet) has `response` and `ground_truth` (or reward_model.ground_truth), as text or as a list;
-optional: `data_source`, `truncated`, `correct` (a person's judgement), `difficulty` (0 to 8, as in the paper's
-comparison of verifiers: how many of 8 attempts at the problem failed, or any other level of the user's).
+optional: `data_source`, `truncated`, `prompt` (as the model saw it), `correct` (a person's judgement), `difficulty` (0
+to 8, as in the paper's comparison of verifiers: how many of 8 attempts failed, or any other level of the user's).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from or1_megatron.errors import UserError
 from or1_megatron.reward.named import NAMED
 from or1_megatron.reward.preflight import reached_isolation
 from or1_megatron.reward.problem import Task, code_tests
-from or1_megatron.reward.response import after_reasoning
+from or1_megatron.reward.response import after_reasoning, reasoning_is_open
 from or1_megatron.reward.service import RewardService
 from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Verdict
@@ -107,7 +107,10 @@ def _row(place: str, row: Any) -> Row:
     truths = truth if isinstance(truth, list) else [truth]
     if not truths or not all(isinstance(item, str | int | float) for item in truths):
         raise UserError(f"{place}: `ground_truth` is {truth!r:.60}; it must be text, or a list of texts")
-    task = Task(response, tuple(map(str, truths)), str(row.get("data_source") or ""), bool(row.get("truncated")))
+    source, cut = str(row.get("data_source") or ""), bool(row.get("truncated"))
+    prompt = row.get("prompt")
+    reasoning_open = isinstance(prompt, str) and reasoning_is_open(prompt)
+    task = Task(response, tuple(map(str, truths)), source, cut, reasoning_open)
     return Row(task, row.get("correct"), row.get("difficulty"))
 
 

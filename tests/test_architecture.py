@@ -21,9 +21,9 @@ RINGS = (
     ("cluster", "processes", "handover"),
     (
         *("train", "run", "inputs", "evaluate", "collect", "update", "runstate", "display", "runfolder", "timeline"),
-        *("doctor", "dryrun", "status", "plan"),
+        *("doctor", "dryrun", "status", "plan", "accuracy", "responses"),
     ),
-    ("convert", "compare", "verify"),
+    ("convert", "compare", "verify", "scoring"),
     ("cli", "__main__"),
 )
 STRANGERS = frozenset(RINGS[2])  # meet only in outer rings: an actor that knows its engine cannot be placed elsewhere

@@ -45,13 +45,25 @@ def load_prompts(
         path = Path(name)
         if not path.is_file():
             raise UserError(f"problem file {path} does not exist")
-        rows = 0
-        for place, row in _rows(path):
-            prompts.append(_prompt(place, row, f"{path.name}:{rows}", tokenizer, context_length, instruction_suffix))
-            rows += 1
-        if rows == 0:
+        found = prompts_of(_rows(path), path.name, tokenizer, context_length, instruction_suffix)
+        if not found:
             raise UserError(f"problem file {path} is empty; it needs at least one problem")
+        prompts += found
     return prompts
+
+
+def prompts_of(
+    rows: Iterable[tuple[str, dict[str, Any]]],
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    instruction_suffix: str = "",
+) -> list[Prompt]:
+    """Of (place, row) pairs; their uids are source:0, source:1 ... Raises UserError naming the place of a bad one."""
+    return [
+        _prompt(place, row, f"{source}:{number}", tokenizer, context_length, instruction_suffix)
+        for number, (place, row) in enumerate(rows)
+    ]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

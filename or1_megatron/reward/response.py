@@ -5,6 +5,11 @@ from __future__ import annotations
 _OPEN, _CLOSE = "<think>", "</think>"
 
 
+def reasoning_is_open(prompt: str) -> bool:
+    """Whether the prompt ends inside `<think>`, so that the response begins with reasoning."""
+    return prompt.rfind(_OPEN) > prompt.rfind(_CLOSE)
+
+
 def after_reasoning(response: str, *, reasoning_open: bool, unclosed: str) -> str | None:
     """The text after the last `</think>` (7.1); None for a reasoning that was opened and never closed.
 

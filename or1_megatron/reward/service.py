@@ -29,6 +29,7 @@ from or1_megatron.errors import RunFailure
 from or1_megatron.profiling.spans import CAPACITY, Span
 from or1_megatron.reward.problem import Task, code_tests
 from or1_megatron.reward.processes import Lost, Template, WorkerProcess
+from or1_megatron.reward.response import reasoning_is_open
 from or1_megatron.reward.session import EXIT_MEMORY
 from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Sample, Verdict
@@ -57,8 +58,8 @@ class _Job:
 def task_of(sample: Sample) -> Task:
     """What there is to check about a sample."""
     prompt = sample.prompt
-    reasoning_open = prompt.text.rfind("<think>") > prompt.text.rfind("</think>")
-    return Task(sample.text, prompt.ground_truth, prompt.data_source, sample.truncated, reasoning_open)
+    is_open = reasoning_is_open(prompt.text)
+    return Task(sample.text, prompt.ground_truth, prompt.data_source, sample.truncated, is_open)
 
 
 class RewardService:

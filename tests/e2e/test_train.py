@@ -157,12 +157,46 @@ def check_times(run: Path, rows: list[dict]) -> None:
 
 
 def test_evaluation_of_a_model(workplace: Path) -> None:
-    command = [sys.executable, "-m", "or1_megatron", "eval", "recipe.yaml", "evaluation.num_samples=3"]
-    done = subprocess.run(command, check=False, cwd=workplace, capture_output=True, text=True, timeout=180)
+    """Two benchmarks at two temperatures, saved; the same numbers when the saved responses are scored again."""
+    rows = [{"question": "1 + 1 = ?", "answer": "#### 2"}, {"question": "2 + 1 = ?", "answer": "#### 3"}]
+    (workplace / "gsm8k").mkdir()
+    (workplace / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [
+        *(
+            "--benchmark",
+            "gsm8k",
+            "--problems",
+            ".",
+            "--benchmark",
+            "problems.jsonl",
+            "--n",
+            "3",
+            "--out",
+            "said.parquet",
+        ),
+        *("rollout.context_length=256", "rollout.max_response_length=12", "rollout.kv_cache_gb=0.25"),
+        *("evaluation.temperatures=[0.5, 1]", "model.dtype=fp32", "reward.num_workers=1"),
+    ]
+    command = [sys.executable, "-m", "or1_megatron", "eval"]
+    done = subprocess.run(
+        [*command, "model", *words], check=False, cwd=workplace, capture_output=True, text=True, timeout=180
+    )
     assert done.returncode == 0, done.stderr
-    found = dict(line.split(": ") for line in done.stdout.splitlines() if line.count(": ") == 1)
-    assert 0 <= float(found["avg@3"]) <= float(found["pass@3"]) <= 1, done.stdout
-    assert 0 < float(found["length"]) <= 12
+    again = subprocess.run(
+        [*command, "--rescore", "said.parquet"], check=False, cwd=workplace, capture_output=True, text=True, timeout=60
+    )
+    assert again.returncode == 0, again.stderr
+    report = again.stdout.splitlines()
+    assert report[-1] == "0 of 42 verdicts changed"
+    assert all(line in done.stdout for line in report[:-1]), done.stdout
+    assert [line for line in report if "problems" in line] == [
+        f"benchmark {name}, temperature {t}: {count} problems x 3 responses"
+        for t in (0.5, 1.0)
+        for name, count in (("gsm8k", 2), ("problems.jsonl", 5))
+    ]
+    saved = read_table(workplace / "said.parquet").to_pylist()
+    assert saved[0]["prompt"].startswith("user: 1 + 1 = ?\nPlease reason step by step") and len(saved) == 42
+    assert 0 < max(row["length"] for row in saved) <= 12
     nothing_left(workplace)
 
 

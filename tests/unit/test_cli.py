@@ -59,8 +59,8 @@ def test_argparse_mistakes_exit_2(words: list[str], capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train"], "needs a recipe first"),
-        (["eval", "steps=3"], "needs a recipe first"),
+        (["train"], "needs RECIPE first"),
+        (["eval", "steps=3"], "needs MODEL, RUN or RECIPE first"),
         (["train", "none.yaml"], "none.yaml does not exist"),
         (["train", "--resume", "no-such-folder"], "no-such-folder does not exist"),
         (["train", "--resume", "somewhere", "recipe.yaml"], "drop 'recipe.yaml'"),

@@ -132,7 +132,8 @@ def test_rollouts_hold_every_response(tmp_path: Path):
     assert [row["response"] for row in rows] == [" 7\n", " ünd\u2028so"]
     assert rows[0] == {
         "step": 12, "uid": "gsm8k/7", "data_source": "gsm8k", "index": 0, "prompt": "2 + 5 =", "response": " 7\n",
-        "reward": 1.0, "verdict": "correct", "finish_reason": "stop", "length": 2, "weight_version": 3,
+        "ground_truth": ["7"], "reward": 1.0, "verdict": "correct", "finish_reason": "stop", "truncated": False,
+        "length": 2, "weight_version": 3,
     }  # fmt: skip
     assert pyarrow.parquet.read_table(run.save_rollouts(13, [])).schema == pyarrow.parquet.read_table(path).schema
 

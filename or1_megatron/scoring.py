@@ -1,0 +1,175 @@
+"""`or1 eval`: a model, a run's newest checkpoint or a recipe on benchmarks; or saved responses scored again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow
+from pyarrow import parquet
+
+from or1_megatron.accuracy import Outcome, accuracy
+from or1_megatron.architecture import read_architecture
+from or1_megatron.cluster import Cluster
+from or1_megatron.config import Config
+from or1_megatron.convert import export
+from or1_megatron.data.benchmarks import benchmark_rows
+from or1_megatron.data.prompts import load_prompts, load_tokenizer, prompts_of
+from or1_megatron.display import Display
+from or1_megatron.errors import UserError
+from or1_megatron.evaluate import answers
+from or1_megatron.recipe import from_tree, load, override_tree
+from or1_megatron.responses import published, response_table
+from or1_megatron.reward.preflight import check_rewards
+from or1_megatron.reward.service import RewardService
+from or1_megatron.sections import RewardConfig
+from or1_megatron.types import Prompt
+from or1_megatron.verify import read_rows
+
+LONGEST_CONTEXT = 32_768  # of a model given without a recipe (8.1); less where the model has fewer positions
+
+
+def evaluate(
+    target: Path,
+    benchmarks: list[str],
+    *,
+    problems: Path | None = None,
+    limit: int = 0,
+    out: Path | None = None,
+    overrides: list[str] | None = None,
+) -> Path:
+    """Prints accuracy on each benchmark (none: on evaluation.files) at each temperature; returns the response file.
+
+    problems: folder of the named benchmarks; None is OR1_PROBLEMS. limit: only the first so many problems of each.
+    """
+    with _configuration(target, overrides or []) as config:
+        sets = _problem_sets(config, benchmarks, problems, limit)
+        out = out or Path(config.runs_dir) / f"eval-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.parquet"
+        if out.exists():
+            raise UserError(f"--out {out} exists; choose another")
+        tables = _answer_all(config, sets)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with published(out) as temporary:
+        parquet.write_table(pyarrow.concat_tables(tables), temporary)
+    print(f"responses: {out}")
+    return out
+
+
+@contextmanager
+def _configuration(target: Path, overrides: list[str]) -> Iterator[Config]:
+    """Of a run folder (its newest checkpoint exported for as long as this lasts), of a model directory, of a recipe."""
+    if (target / "config.yaml").is_file():
+        config = load(target / "config.yaml", overrides).widest()
+        with tempfile.TemporaryDirectory(dir=target, prefix=".eval-") as scratch:
+            model = export(target, None, Path(scratch) / "model")
+            yield dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model)))
+    elif target.is_dir():
+        context = min(read_architecture(target).max_positions, LONGEST_CONTEXT)
+        tree = {"name": target.name, "model": {"path": str(target)}, "rollout": {"context_length": context}}
+        yield from_tree([(str(target), tree), *map(override_tree, overrides)])
+    elif target.suffix in (".yaml", ".yml"):
+        yield load(target, overrides).widest()
+    else:
+        raise UserError(f"{target} is no model directory, run folder or recipe (.yaml)")
+
+
+def _problem_sets(config: Config, benchmarks: list[str], problems: Path | None, limit: int) -> dict[str, list[Prompt]]:
+    tokenizer = load_tokenizer(config.model.path, read_architecture(config.model.path))
+    context, suffix = config.rollout.context_length, config.data.instruction_suffix
+    if not benchmarks:
+        files = config.evaluation.files
+        if not files:
+            raise UserError("nothing to evaluate on; use --benchmark, or name problem files in evaluation.files")
+        found = load_prompts(files, tokenizer, context_length=context, instruction_suffix=suffix)
+        return {"held-out": found[: limit or None]}
+    folder = problems or (Path(os.environ["OR1_PROBLEMS"]) if os.environ.get("OR1_PROBLEMS") else None)
+    sets = {}
+    for name in benchmarks:
+        rows = list(benchmark_rows(name, folder))
+        if not rows:
+            raise UserError(f"benchmark {name} holds no problem")
+        sets[name] = prompts_of(rows[: limit or None], name, tokenizer, context)
+    return sets
+
+
+def _answer_all(config: Config, sets: dict[str, list[Prompt]]) -> list[pyarrow.Table]:
+    isolation = check_rewards(config.reward, [prompt for prompts in sets.values() for prompt in prompts])
+    tables, n = [], config.evaluation.num_samples
+    with (
+        tempfile.TemporaryDirectory(prefix="or1-eval-") as scratch,
+        Display(1, config.name) as display,
+        RewardService(config.reward, Path(scratch)) as rewards,
+    ):
+        if isolation:
+            display.message(isolation)
+        display.phase("starting engines")
+        with Cluster(config, Path(scratch), with_actor=False) as cluster:
+            for temperature in config.evaluation.temperatures:
+                for name, prompts in sets.items():
+                    display.phase(f"{name}: {len(prompts)} problems x {n} responses")
+                    groups = answers(config, cluster, rewards, prompts, temperature)
+                    tables.append(response_table(groups, benchmark=name, temperature=float(temperature)))
+                    for line in report_lines(tables[-1]):
+                        display.message(line)
+                    if len(groups) < len(prompts):
+                        display.message(f"  {len(prompts) - len(groups)} problems left out: their check failed")
+    return tables
+
+
+def rescore(file: Path, config: RewardConfig, out: Path | None = None) -> None:
+    """Scores the responses of a file that `or1 eval` or a run has written anew, prints the accuracy and what changed.
+
+    out: where the same rows go with the new verdicts. Raises UserError.
+    """
+    rows = read_rows(file)
+    table = parquet.read_table(file)
+    lacking = {"uid", "length", "truncated", "verdict", "reward"} - set(table.column_names)
+    if lacking:
+        raise UserError(f"{file} lacks the columns {', '.join(sorted(lacking))}; `or1 verify` scores any responses")
+    with RewardService(config) as service:
+        verdicts = [future.result() for future in [service.submit(row.task) for row in rows]]
+    before = table["verdict"].to_pylist()
+    new = {
+        "verdict": [verdict.name for verdict in verdicts],
+        "reward": [0.0 if verdict.failed else verdict.reward for verdict in verdicts],
+    }
+    for name, values in new.items():
+        place = table.column_names.index(name)
+        table = table.set_column(place, table.schema.field(place), pyarrow.array(values, table.schema.types[place]))
+    print("\n".join(report_lines(table)))
+    print(f"{sum(map(str.__ne__, before, new['verdict']))} of {len(before)} verdicts changed")
+    if out:
+        with published(out) as temporary:
+            parquet.write_table(table, temporary)
+
+
+def report_lines(table: pyarrow.Table) -> list[str]:
+    """Accuracy per benchmark and temperature, as far as the table has these columns."""
+    kinds = [name for name in ("benchmark", "temperature", "step") if name in table.column_names]
+    sets: dict[tuple, dict[str, list[dict]]] = {}
+    for row in table.select([*kinds, "uid", "length", "truncated", "verdict"]).to_pylist():
+        sets.setdefault(tuple(row[kind] for kind in kinds), {}).setdefault(row["uid"], []).append(row)
+    lines = []
+    for labels, problems in sets.items():
+        outcomes = [
+            Outcome(
+                sum(row["verdict"] == "correct" for row in rows),
+                tuple(row["length"] for row in rows),
+                sum(row["truncated"] for row in rows),
+            )
+            for rows in problems.values()
+            if all(row["verdict"] != "infrastructure_error" for row in rows)
+        ]
+        label = ", ".join(f"{kind} {value}" for kind, value in zip(kinds, labels, strict=True))
+        if not outcomes:
+            lines.append(f"{label}: no problem could be checked")
+            continue
+        found = accuracy(outcomes)
+        lines.append(f"{label}: {found.num_problems} problems x {found.num_samples} responses")
+        lines += ["  " + line for line in found.lines()]
+    return lines

@@ -1,0 +1,65 @@
+"""Benchmarks become rows of the field's schema, and their own references pass as far as there are any."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from reference_solutions import FOLDER
+
+from or1_megatron.data.benchmarks import INSTRUCTION, NAMES, benchmark_rows
+from or1_megatron.errors import UserError
+from or1_megatron.reward.problem import code_tests
+
+COUNTS = {
+    "aime24": 30, "aime25": 30, "math500": 500, "gsm8k": 1319, "humaneval": 164, "mbpp": 500, "leetcode": 1890,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_benchmarks(name: str):
+    if not FOLDER.is_dir():
+        pytest.skip("the benchmarks' files are not on this machine")
+    rows = [row for _, row in benchmark_rows(name, FOLDER)]
+    assert len(rows) == COUNTS[name]
+    for row in rows:
+        (message,) = row["prompt"]
+        gold = row["reward_model"]["ground_truth"]
+        is_code = code_tests((gold,), row["data_source"]) is not None
+        assert is_code == (name in ("humaneval", "mbpp", "leetcode"))
+        assert is_code or (message["content"].count("\\boxed") >= 1 and gold and "####" not in gold)
+    if name == "gsm8k":
+        assert rows[0]["reward_model"]["ground_truth"] == "18" and rows[0]["prompt"][0]["content"].endswith(INSTRUCTION)
+
+
+def write(path: Path, rows: list) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_file_of_the_user(tmp_path: Path):
+    mine = {"prompt": "2 + 2 =", "reward_model": {"ground_truth": "4"}}
+    rows = [mine, {"problem": "2 + 3?", "answer": 5}]
+    (first, one), (second, other) = benchmark_rows(write(tmp_path / "b.jsonl", rows), None)
+    assert first.endswith("b.jsonl row 1") and one["prompt"] == "2 + 2 ="
+    assert second.endswith("row 2") and other["reward_model"] == {"ground_truth": "5"}
+
+
+def test_bad_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match="benchmark gsm8k: say where"):
+        list(benchmark_rows("gsm8k", None))
+    with pytest.raises(UserError, match=r"gsm8k/test.jsonl does not exist"):
+        list(benchmark_rows("gsm8k", tmp_path))
+    with pytest.raises(UserError, match=r"'gsm9k' is not one of aime24, .* nor a hub id"):
+        list(benchmark_rows("gsm9k", tmp_path))
+    with pytest.raises(UserError, match=r"row 2: its fields a, b are not known"):
+        list(benchmark_rows(write(tmp_path / "x.jsonl", [{"question": "q", "answer": "1"}, {"a": 1, "b": 2}]), None))
+    with pytest.raises(UserError, match=r"row 1 holds a int"):
+        list(benchmark_rows(write(tmp_path / "y.jsonl", [3]), None))
+    (tmp_path / "z.parquet").write_text("no")
+    with pytest.raises(UserError, match=r"z.parquet cannot be read"):
+        list(benchmark_rows(str(tmp_path / "z.parquet"), None))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"benchmark openai/gsm8k could not be had from the hub .* without network"):
+        list(benchmark_rows("openai/gsm8k", None))
