@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -19,10 +19,15 @@ from or1_megatron.types import Group, Prompt, Sample, Verdict
 
 @dataclass
 class Rollout:
-    """What one step sampled. `generated` holds every group, scored; `kept` those that carry a gradient."""
+    """What one step sampled. `generated` holds every group, scored; `kept` those that the step is trained on.
+
+    The first `num_carried` of the kept were sampled for an earlier step; `surplus` is left for the next one.
+    """
 
     generated: list[Group] = field(default_factory=list)
     kept: list[Group] = field(default_factory=list)
+    surplus: list[Group] = field(default_factory=list)
+    num_carried: int = 0
 
     @property
     def samples(self) -> list[Sample]:
@@ -40,20 +45,47 @@ def training_sampling(config: Config) -> SamplingSpec:
     )
 
 
-def collect(config: Config, cluster: Cluster, rewards: RewardService, stream: PromptMixture, spans: Spans) -> Rollout:
-    """Rolls out rollout_batch_size prompts, and as many again as were rejected, up to the refill bound."""
+def collect(
+    config: Config,
+    cluster: Cluster,
+    rewards: RewardService,
+    stream: PromptMixture,
+    spans: Spans,
+    carried: list[Group],
+) -> Rollout:
+    """The rollout of one step, with real engines and verifiers; see `fill`."""
+    size, sampling = config.rollout.group_size, training_sampling(config)
+    return fill(config, lambda prompts: score_groups(cluster, rewards, prompts, size, sampling, spans), stream, carried)
+
+
+def fill(
+    config: Config, answer: Callable[[list[Prompt]], list[Group]], stream: PromptMixture, carried: list[Group]
+) -> Rollout:
+    """Rolls out what the surplus of earlier steps leaves of rollout_batch_size, and refills up to the refill bound.
+
+    answer: scored groups of these prompts, in their order. At most half of a step is carried over; what is more waits
+    for the step after. Which groups are left over follows from the order of the prompts, never from who finished first.
+    """
     wanted = config.rollout.rollout_batch_size
     limit = int(wanted * config.rollout.max_generated_factor)
-    rollout = Rollout()
-    missing = wanted
+    used = carried[: wanted // 2]
+    rollout = Rollout(kept=list(used), num_carried=len(used))
+    missing = wanted - len(used)
     while missing > 0:
-        groups = score_groups(
-            cluster, rewards, stream.take(missing), config.rollout.group_size, training_sampling(config), spans
-        )
+        groups = answer(stream.take(missing))
         rollout.generated += groups
         mask = config.loss.advantage_mask
         rollout.kept += [group for group in groups if is_informative(group, mask) or not config.loss.rejection]
-        missing = refill_size(kept=len(rollout.kept), wanted=wanted, generated=len(rollout.generated), limit=limit)
+        missing = refill_size(
+            kept=len(rollout.kept),
+            wanted=wanted,
+            generated=len(rollout.generated),
+            limit=limit,
+            carried=len(used),
+            expected=config.rollout.refill == "expected",
+        )
+    rollout.surplus = [*carried[len(used) :], *rollout.kept[wanted:]]
+    del rollout.kept[wanted:]
     return rollout
 
 
@@ -103,6 +135,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
     count = len(samples)
     lengths = [len(sample.tokens) for sample in samples]
     verdicts = Counter(sample.verdict for sample in samples)
+    generated = {id(group) for group in rollout.generated}
+    fresh = len(rollout.kept) - rollout.num_carried
+    num_left = sum(id(group) in generated for group in rollout.surplus)
     return {
         "reward/mean": _mean(sample.reward for sample in samples),
         **{f"verdict/{name}": number for name, number in sorted(verdicts.items())},
@@ -111,7 +146,9 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "truncated": sum(sample.truncated for sample in samples) / count,
         "groups/generated": len(rollout.generated),
         "groups/kept": len(rollout.kept),
-        "groups/dropped": len(rollout.generated) - len(rollout.kept),
+        "groups/dropped": len(rollout.generated) - fresh - num_left,
+        "groups/carried": rollout.num_carried,
+        "groups/surplus": len(rollout.surplus),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from or1_megatron.architecture import Architecture, check_degrees, read_architecture
 from or1_megatron.config import Config
-from or1_megatron.data.prompts import load_prompts, load_tokenizer
+from or1_megatron.data.prompts import Difficulty, load_prompts, load_tokenizer
 from or1_megatron.errors import UserError
 from or1_megatron.parallel.device import has_cuda, use_transformer_engine
 from or1_megatron.parallel.megatron_files import open_weights
@@ -45,6 +45,11 @@ def check_inputs(config: Config) -> tuple[Architecture, list[list[Prompt]], list
         raise UserError("data.train is empty; name at least one problem file")
     context, suffix = min(contexts), config.data.instruction_suffix
     files = [[name] for name in config.data.train] if config.data.weights else [config.data.train]
-    sources = [load_prompts(some, tokenizer, context_length=context, instruction_suffix=suffix) for some in files]
+    data = config.data
+    wanted = Difficulty(data.difficulty_model, *data.difficulty_range) if data.difficulty_model else None
+    sources = [
+        load_prompts(some, tokenizer, context_length=context, instruction_suffix=suffix, wanted=wanted)
+        for some in files
+    ]
     held_out = load_prompts(config.evaluation.files, tokenizer, context_length=context, instruction_suffix=suffix)
     return architecture, sources, held_out

@@ -23,7 +23,7 @@ from or1_megatron.rl.stages import Stages, solved
 from or1_megatron.runfolder import RunFolder
 from or1_megatron.runstate import Checkpoints, Found, RunState
 from or1_megatron.timeline import Timeline
-from or1_megatron.types import Prompt
+from or1_megatron.types import Group, Prompt, group_as_dict, group_from_dict
 from or1_megatron.update import Updater
 
 
@@ -47,6 +47,7 @@ class Run:
         self.spans = Spans()
         self.timeline = Timeline(folder, cluster, rewards, self.spans)
         self.stream = PromptMixture(sources, config.data.weights or [1.0], config.data.seed)
+        self.carried: list[Group] = []  # the last rollout's surplus
         self.stages = Stages(config)
         self.controller = entropy_controller(config)
         self.updater = Updater(config, architecture, cluster, self.spans)
@@ -63,6 +64,7 @@ class Run:
             stream=self.stream.state_dict(),
             entropy=self.controller.state_dict(),
             stage=self.stages.state_dict(),
+            carried=[group_as_dict(group) for group in self.carried],
             model=asdict(self.architecture),
             group_sizes=group_sizes(self.config),
         )
@@ -96,6 +98,7 @@ class Run:
             responses=len(samples),
             truncated=sum(sample.truncated for sample in samples),
         )
+        self.carried = rollout.surplus
         self.state = self.state_after(step)
         return counts
 
@@ -109,6 +112,7 @@ class Run:
         self.stream.drop(self.stages.dropped)
         self.stream.load_state_dict(self.state.stream)
         self.controller.load_state_dict(self.state.entropy)
+        self.carried = [group_from_dict(group, self.stream.prompts) for group in self.state.carried]
         self.folder.rewind(self.state.step)
         self.folder.save_config(self.config)
         self.display.message(f"resumed after step {self.state.step}")

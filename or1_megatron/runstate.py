@@ -33,6 +33,7 @@ class RunState:
     stream: dict[str, Any]
     entropy: dict[str, float]
     stage: dict[str, Any]
+    carried: list[dict[str, Any]]  # groups sampled and not yet trained on
     model: dict[str, Any]  # the architecture, to refuse another one on resume
     group_sizes: list[int]  # of all stages, likewise
 
@@ -103,7 +104,7 @@ class Checkpoints:
 
 def _seal(partial: Path, state: RunState, sums: FileSums) -> None:
     """Adds driver.json and files.json, and syncs every file and folder."""
-    (partial / _DRIVER_FILE).write_text(json.dumps(asdict(state), indent=1))
+    (partial / _DRIVER_FILE).write_text(json.dumps(asdict(state)))
     for path in sorted(path for path in partial.rglob("*") if path.is_file()):
         sync(path)
         name = str(path.relative_to(partial))

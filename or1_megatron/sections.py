@@ -52,6 +52,10 @@ class ParallelConfig:
 class DataConfig:
     train: list[str] = key([], "problem files, .jsonl or .parquet: data_source, prompt, reward_model.ground_truth")
     weights: list[float] = key([], "share of each train file in the prompts; empty: all problems equally often")
+    difficulty_model: str = key(
+        "", "keep train problems by extra_info.model_difficulty of this name (Skywork-OR1-RL-Data); empty: keep all"
+    )
+    difficulty_range: list[int] = key([1, 15], "least and largest difficulty kept, failures out of 16 attempts")
     instruction_suffix: str = key("", "appended to the last user message of a chat prompt")
     seed: int = key(0, "order of the prompt stream")
 
@@ -67,6 +71,12 @@ class RolloutConfig:
     stop: list[str] = key([], "strings that end a response; the token that completes one is part of the response")
     max_generated_factor: float = key(
         2.0, "refill bound: at most this many times rollout_batch_size prompts are rolled out per step"
+    )
+    refill: str = key(
+        "exact",
+        "prompts rolled out again: exact (as many as were rejected, nothing is left over) or expected (as many as it "
+        "takes at the share kept so far: fewer rounds; the surplus goes into the next step, one version off-policy)",
+        ("exact", "expected"),
     )
     num_engines: int = key(1, "vLLM engines")
     engine_tp: int = key(1, "tensor-parallel degree of one engine: GPUs, or CPU processes, that share its model")

@@ -64,7 +64,7 @@ def magic(run: Run) -> None:
             metrics = run.sync(step - 1)
             metrics |= run.evaluator.run_if_due(step - 1, display)
             display.phase("rollout")
-            rollout = collect(stage, run.cluster, run.rewards, run.stream, spans)
+            rollout = collect(stage, run.cluster, run.rewards, run.stream, spans, run.carried)
             display.phase("update")
             e_k = run.entropy(rollout)
             alpha = run.controller.alpha(e_k)

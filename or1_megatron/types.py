@@ -5,7 +5,9 @@ Shape letters: T tokens of one packed micro-batch, S sequences in it, R tokens o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -84,6 +86,18 @@ class Group:
     @property
     def truncated(self) -> list[bool]:
         return [sample.truncated for sample in self.samples]
+
+
+def group_as_dict(group: Group) -> dict[str, Any]:
+    """Plain JSON types, exact; the prompt by its uid."""
+    samples = [{name: value for name, value in vars(sample).items() if name != "prompt"} for sample in group.samples]
+    return {"uid": group.prompt.uid, "samples": samples}
+
+
+def group_from_dict(row: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Group:
+    """The inverse; `prompts` by uid."""
+    prompt = prompts[row["uid"]]
+    return Group(prompt, [Sample(prompt=prompt, **sample) for sample in row["samples"]])
 
 
 @dataclass(frozen=True)

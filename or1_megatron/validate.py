@@ -49,6 +49,14 @@ def validate(config: Config) -> None:
     temperatures = config.evaluation.temperatures
     if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
         raise UserError(f"evaluation.temperatures={temperatures} must hold different numbers, 0 or more, at least one")
+    if rollout.refill == "expected" and loss.old_log_probs != "engine" and not loss.importance_cap:
+        raise UserError(
+            "rollout.refill=expected trains on groups of the step before, so the loss has to know what they were "
+            "sampled from; use loss.old_log_probs=engine, or loss.importance_cap above 0"
+        )
+    bounds = config.data.difficulty_range
+    if len(bounds) != 2 or bounds[0] > bounds[1]:
+        raise UserError(f"data.difficulty_range={bounds} must be [least, largest]")
     _validate_parallel(config)
     _validate_profiling(config)
     entropy = config.entropy

@@ -100,8 +100,8 @@ def _write(transforms: list[Any], buckets: list[Any], results: _Results, parent:
         return
     found, sums = {}, {}
     for index, bucket in enumerate(buckets):
-        outcome: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
-        running: queue.Queue[int] = queue.Queue()
+        outcome: Any = queue.SimpleQueue()  # Megatron says multiprocessing's, but nothing leaves this process
+        running: Any = queue.Queue()
         running.put(index)
         FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, outcome, running, use_fsync=True)
         _, found[index] = outcome.get()

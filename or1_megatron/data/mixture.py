@@ -25,6 +25,11 @@ class PromptMixture:
         self._taken = [0] * len(sources)
         self._live = list(range(len(sources)))
 
+    @property
+    def prompts(self) -> dict[str, Prompt]:
+        """By uid."""
+        return {prompt.uid: prompt for prompts in self._sources for prompt in prompts}
+
     def take(self, count: int) -> list[Prompt]:
         taken = []
         for _ in range(count):

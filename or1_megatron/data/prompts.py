@@ -10,6 +10,7 @@ import copy
 import json
 import random
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,26 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from or1_megatron.architecture import Architecture
 from or1_megatron.errors import UserError
 from or1_megatron.types import Prompt
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """Rows neither too easy nor too hard for a model (6): extra_info.model_difficulty[model], both ends included."""
+
+    model: str
+    least: int
+    largest: int
+
+    def holds(self, place: str, row: dict[str, Any]) -> bool:
+        known = (row.get("extra_info") or {}).get("model_difficulty")
+        value = known.get(self.model) if isinstance(known, dict) else None
+        if not isinstance(value, int | float):
+            names = f"; it has {', '.join(known)}" if isinstance(known, dict) else ""
+            raise UserError(f"{place}: extra_info.model_difficulty has no number for {self.model}{names}")
+        return self.least <= value <= self.largest
+
+    def __str__(self) -> str:
+        return f"difficulty {self.least} to {self.largest} for {self.model}"
 
 
 def load_tokenizer(model: str, architecture: Architecture) -> PreTrainedTokenizerBase:
@@ -37,17 +58,26 @@ def load_tokenizer(model: str, architecture: Architecture) -> PreTrainedTokenize
 
 
 def load_prompts(
-    files: list[str], tokenizer: PreTrainedTokenizerBase, *, context_length: int, instruction_suffix: str = ""
+    files: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    context_length: int,
+    instruction_suffix: str = "",
+    wanted: Difficulty | None = None,
 ) -> list[Prompt]:
-    """Every row of every file, in order. Raises UserError naming file and line (or row) of the first bad one."""
+    """Every row of every file, in order, as far as it is of the difficulty `wanted`.
+
+    Raises UserError naming file and line (or row) of the first bad one, and a file of which nothing is left.
+    """
     prompts = []
     for name in files:
         path = Path(name)
         if not path.is_file():
             raise UserError(f"problem file {path} does not exist")
-        found = prompts_of(_rows(path), path.name, tokenizer, context_length, instruction_suffix)
+        found = prompts_of(_rows(path), path.name, tokenizer, context_length, instruction_suffix, wanted)
         if not found:
-            raise UserError(f"problem file {path} is empty; it needs at least one problem")
+            none = f"has no problem of {wanted}" if wanted else "is empty; it needs at least one problem"
+            raise UserError(f"problem file {path} {none}")
         prompts += found
     return prompts
 
@@ -58,11 +88,13 @@ def prompts_of(
     tokenizer: PreTrainedTokenizerBase,
     context_length: int,
     instruction_suffix: str = "",
+    wanted: Difficulty | None = None,
 ) -> list[Prompt]:
     """Of (place, row) pairs; their uids are source:0, source:1 ... Raises UserError naming the place of a bad one."""
     return [
         _prompt(place, row, f"{source}:{number}", tokenizer, context_length, instruction_suffix)
         for number, (place, row) in enumerate(rows)
+        if wanted is None or wanted.holds(place, row)
     ]
 
 

@@ -11,10 +11,15 @@ def is_informative(group: Group, mask: str = "none") -> bool:
     return any(group_advantages(group.rewards, group.truncated, mask=mask))
 
 
-def refill_size(*, kept: int, wanted: int, generated: int, limit: int) -> int:
-    """How many more prompts to roll out: the missing ones, never beyond `limit` generated prompts in all.
+def refill_size(*, kept: int, wanted: int, generated: int, limit: int, carried: int = 0, expected: bool = False) -> int:
+    """How many more prompts to roll out, never beyond `limit` generated prompts in all.
 
-    At most all of them turn out informative, so exactly the missing number can never leave a surplus. A surplus
-    would have to be thrown away, unpaid rollout time, or trained on a step later, off-policy.
+    Exactly the missing number: at most all of them turn out informative, so there is never a surplus. Or `expected`:
+    as many as it takes at the share that was informative so far, which needs fewer rounds, each of which waits for its
+    longest response, and leaves a surplus of at most half of `wanted`. `carried` of the kept were not generated here.
     """
-    return max(0, min(wanted - kept, limit - generated))
+    missing = wanted - kept
+    if expected and generated and missing > 0:
+        fresh = max(1, kept - carried)
+        missing = min(-(-missing * generated // fresh), missing + wanted // 2)
+    return max(0, min(missing, limit - generated))

@@ -41,7 +41,7 @@ class OneFile:
 
 
 def state_after(step: int, architecture: Architecture) -> RunState:
-    return RunState(step, {}, {}, {}, asdict(architecture), [4, 16])
+    return RunState(step, {}, {}, {}, [], asdict(architecture), [4, 16])
 
 
 def write(directory: Path, step: int, architecture: Architecture, keep: int = 9) -> Path:

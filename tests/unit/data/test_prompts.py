@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from or1_megatron.architecture import read_architecture
-from or1_megatron.data.prompts import PromptStream, load_prompts, load_tokenizer
+from or1_megatron.data.prompts import Difficulty, PromptStream, load_prompts, load_tokenizer
 from or1_megatron.errors import UserError
 from or1_megatron.types import Prompt
 from tests.tiny_models import write_tiny_model
@@ -98,3 +98,16 @@ def test_stream_deals_every_prompt_each_epoch_and_resumes() -> None:
     assert resumed.take(9) == stream.take(9)
     with pytest.raises(UserError, match="7 problems, the checkpoint was made with 8"):
         resumed.load_state_dict({"epoch": 0, "position": 0, "num_prompts": 8})
+
+
+def test_only_problems_of_the_wanted_difficulty(tmp_path: Path, tokenizer):
+    rows = [{**GOOD, "extra_info": {"model_difficulty": {"7B": n, "32B": 0}}} for n in (0, 1, 9, 15, 16)]
+    file = write(tmp_path / "p.jsonl", *rows)
+    found = load_prompts(file, tokenizer, context_length=64, wanted=Difficulty("7B", 1, 15))
+    assert [prompt.uid for prompt in found] == ["p.jsonl:1", "p.jsonl:2", "p.jsonl:3"]  # as without the filter
+    with pytest.raises(UserError, match=r"p.jsonl has no problem of difficulty 1 to 15 for 32B"):
+        load_prompts(file, tokenizer, context_length=64, wanted=Difficulty("32B", 1, 15))
+    with pytest.raises(UserError, match=r"line 1: .* has no number for 1B; it has 7B, 32B"):
+        load_prompts(file, tokenizer, context_length=64, wanted=Difficulty("1B", 1, 15))
+    with pytest.raises(UserError, match=r"line 1: .* has no number for 7B"):
+        load_prompts(write(tmp_path / "q.jsonl", GOOD), tokenizer, context_length=64, wanted=Difficulty("7B", 1, 15))

@@ -38,6 +38,36 @@ def test_refill_by_hand(kept: int, wanted: int, generated: int, limit: int, size
     assert refill_size(kept=kept, wanted=wanted, generated=generated, limit=limit) == size
 
 
+def test_expected_refill_by_hand():
+    def size(kept: int, generated: int, carried: int = 0) -> int:
+        return refill_size(kept=kept, wanted=64, generated=generated, limit=400, carried=carried, expected=True)
+
+    assert size(0, 0) == 64
+    assert size(40, 64) == 39  # 24 missing at 40 of 64
+    assert size(40, 32, carried=32) == 24 + 32  # 96 expected at 8 of 32, of which half of 64 may be left over
+    assert size(70, 100) == 0
+
+
+@given(
+    st.integers(1, 40),
+    st.integers(0, 80),
+    st.floats(0, 1),
+    st.integers(0, 2**16),
+    st.integers(0, 20),
+)
+def test_expected_refilling_ends_with_a_bounded_surplus(
+    wanted: int, extra: int, chance: float, seed: int, carried: int
+):
+    draw, limit, carried = random.Random(seed), wanted + extra, min(carried, wanted // 2)
+    kept, generated, size = carried, 0, wanted - carried
+    while size:
+        generated += size
+        kept += sum(draw.random() < chance for _ in range(size))
+        size = refill_size(kept=kept, wanted=wanted, generated=generated, limit=limit, carried=carried, expected=True)
+    assert kept - wanted <= wanted // 2 and generated <= limit
+    assert kept >= wanted or generated == limit
+
+
 @given(
     st.integers(1, 40),
     st.integers(0, 80),

@@ -1,0 +1,108 @@
+"""Refill of one step after another: every informative group is trained on once, also across a resume."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from or1_megatron.collect import Rollout, fill, rollout_metrics
+from or1_megatron.config import Config
+from or1_megatron.data.mixture import PromptMixture
+from or1_megatron.errors import UserError
+from or1_megatron.recipe import from_tree
+from or1_megatron.rl.filter import is_informative
+from or1_megatron.types import Group, Prompt, Sample, group_as_dict, group_from_dict
+
+PROMPTS = [Prompt(f"p{i}", "x", (1, 2), ("1",)) for i in range(40)]
+SHARE = 0.4  # of the groups, informative
+
+
+def config(**rollout: Any) -> Config:
+    tree = {"rollout_batch_size": 16, "group_size": 2, "refill": "expected", "max_generated_factor": 9, **rollout}
+    loss = {"old_log_probs": "engine"}
+    return from_tree([("t", {"model": {"path": "/m"}, "rollout": tree, "loss": loss})])
+
+
+class Policy:
+    """Scored groups, as engines and verifiers give them: drawn from the step and the prompt."""
+
+    def __init__(self) -> None:
+        self.version, self.rounds = 0, 0
+
+    def __call__(self, prompts: list[Prompt]) -> list[Group]:
+        self.rounds += 1
+        return [self._group(prompt) for prompt in prompts]
+
+    def _group(self, prompt: Prompt) -> Group:
+        draw = random.Random(f"{self.version}/{self.rounds}/{prompt.uid}")
+        rewards = (1.0, 0.0) if draw.random() < SHARE else (0.0, 0.0)
+        return Group(
+            prompt,
+            [
+                Sample(prompt, i, [draw.randrange(9)], [-draw.random()], "x", "stop", self.version, "wrong", reward)
+                for i, reward in enumerate(rewards)
+            ],
+        )
+
+
+def steps(config: Config, count: int, resume_after: int = 0) -> tuple[list[Rollout], int]:
+    """`count` steps, with a trip through JSON after one of them; the rounds they took."""
+    policy, stream, carried = Policy(), PromptMixture([PROMPTS], [1.0], 0), []
+    rollouts, rounds = [], 0
+    for step in range(1, count + 1):
+        policy.version, policy.rounds = step, 0
+        rollouts.append(fill(config, policy, stream, carried))
+        rounds += policy.rounds
+        carried = rollouts[-1].surplus
+        if step == resume_after:
+            state = json.loads(json.dumps([[group_as_dict(group) for group in carried], stream.state_dict()]))
+            stream = PromptMixture([PROMPTS], [1.0], 0)
+            stream.load_state_dict(state[1])
+            carried = [group_from_dict(row, stream.prompts) for row in state[0]]
+    return rollouts, rounds
+
+
+def test_the_surplus_is_trained_on_in_the_next_step():
+    rollouts, _ = steps(config(), 30)
+    informative = [group for r in rollouts for group in r.generated if is_informative(group)]
+    trained = [group for r in rollouts for group in r.kept]
+    assert [*trained, *rollouts[-1].surplus] == informative  # each once, in order, none lost
+    assert all(len(r.kept) == 16 and len(r.surplus) <= 8 for r in rollouts)
+    for before, after in zip(rollouts, rollouts[1:], strict=False):
+        assert after.kept[: after.num_carried] == before.surplus[:8]
+    assert any(r.num_carried for r in rollouts)
+    for number, rollout in enumerate(rollouts, 1):  # one version behind, and said so
+        versions = [sample.weight_version for group in rollout.kept for sample in group.samples]
+        assert set(versions) <= {number, number - 1} and versions.count(number - 1) == 2 * rollout.num_carried
+        metrics = rollout_metrics(rollout)
+        assert metrics["groups/carried"] == rollout.num_carried and metrics["groups/surplus"] == len(rollout.surplus)
+        assert metrics["groups/dropped"] == sum(not is_informative(group) for group in rollout.generated)
+
+
+def test_exact_refill_leaves_nothing_and_takes_more_rounds():
+    rollouts, rounds = steps(config(refill="exact"), 30)
+    assert all(len(r.kept) == 16 and not r.surplus and not r.num_carried for r in rollouts)
+    assert rounds > 1.5 * steps(config(), 30)[1]
+
+
+@pytest.mark.parametrize("cut", [1, 4, 7])
+def test_a_resume_keeps_the_surplus(cut: int):
+    assert steps(config(), 9, resume_after=cut) == steps(config(), 9)
+
+
+def test_more_than_half_a_step_waits():
+    smaller = config(rollout_batch_size=4)
+    carried = Policy()(PROMPTS[:5])
+    rollout = fill(smaller, Policy(), PromptMixture([PROMPTS], [1.0], 0), carried)
+    assert rollout.kept[:2] == carried[:2] and rollout.num_carried == 2 and rollout.surplus[:3] == carried[2:]
+
+
+@pytest.mark.parametrize("loss", [{"old_log_probs": "current"}, {"old_log_probs": "recompute"}])
+def test_an_off_policy_surplus_needs_the_log_probs_it_was_sampled_with(loss: dict):
+    tree = {"model": {"path": "/m"}, "rollout": {"refill": "expected"}}
+    with pytest.raises(UserError, match=r"rollout.refill=expected .* use loss.old_log_probs=engine"):
+        from_tree([("t", {**tree, "loss": loss})])
+    assert from_tree([("t", {**tree, "loss": {**loss, "importance_cap": 2.0}})]).rollout.refill == "expected"
