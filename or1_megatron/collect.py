@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -56,6 +57,41 @@ def collect(
     """The rollout of one step, with real engines and verifiers; see `fill`."""
     size, sampling = config.rollout.group_size, training_sampling(config)
     return fill(config, lambda prompts: score_groups(cluster, rewards, prompts, size, sampling, spans), stream, carried)
+
+
+class RolloutAhead:
+    """A rollout in the background, with the weights that the engines have when it starts: one step off-policy."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._outcome: Rollout | BaseException | None = None
+
+    def start(self, sample: Callable[[], Rollout]) -> None:
+        assert self._thread is None and self._outcome is None, "the rollout before has not been taken"
+
+        def run() -> None:
+            try:
+                self._outcome = sample()
+            except BaseException as error:  # handed to the thread that waits
+                self._outcome = error
+
+        self._thread = threading.Thread(target=run, name="rollout", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until the engines are free. Raises what the rollout died of."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+
+    def take(self) -> Rollout | None:
+        """The rollout that was started; None when none was."""
+        self.wait()
+        outcome, self._outcome = self._outcome, None
+        assert not isinstance(outcome, BaseException)
+        return outcome
 
 
 def fill(

@@ -10,7 +10,7 @@ from typing import Any
 
 from or1_megatron.architecture import Architecture
 from or1_megatron.cluster import Cluster
-from or1_megatron.collect import Rollout, sampled_entropy, shortfall
+from or1_megatron.collect import Rollout, RolloutAhead, collect, sampled_entropy, shortfall
 from or1_megatron.config import Config
 from or1_megatron.data.mixture import PromptMixture
 from or1_megatron.display import Display
@@ -48,6 +48,8 @@ class Run:
         self.timeline = Timeline(folder, cluster, rewards, self.spans)
         self.stream = PromptMixture(sources, config.data.weights or [1.0], config.data.seed)
         self.carried: list[Group] = []  # the last rollout's surplus
+        self._stream_state = self.stream.state_dict()  # after the last rollout, not after one that is under way
+        self._ahead = RolloutAhead()
         self.stages = Stages(config)
         self.controller = entropy_controller(config)
         self.updater = Updater(config, architecture, cluster, self.spans)
@@ -61,7 +63,7 @@ class Run:
     def state_after(self, step: int) -> RunState:
         return RunState(
             step=step,
-            stream=self.stream.state_dict(),
+            stream=self._stream_state,
             entropy=self.controller.state_dict(),
             stage=self.stages.state_dict(),
             carried=[group_as_dict(group) for group in self.carried],
@@ -85,6 +87,17 @@ class Run:
         self.updater.config = self.stages.config
         return self.stages.config
 
+    def rollout(self, stage: Config, step: int) -> Rollout:
+        """Of this step: the one sampled while the step before was trained, else sampled now. Starts the next one's."""
+        rollout = self._ahead.take() or self._collect(stage, self.spans)
+        self.carried, self._stream_state = rollout.surplus, self.stream.state_dict()
+        if stage.rollout.overlap and step < self.config.steps and self.stages.lasts(step + 1):
+            self._ahead.start(lambda: self._collect(stage, Spans()))
+        return rollout
+
+    def _collect(self, stage: Config, spans: Spans) -> Rollout:
+        return collect(stage, self.cluster, self.rewards, self.stream, spans, self.carried)
+
     def finish(self, step: int, rollout: Rollout) -> dict[str, float]:
         """Takes note of a completed step: history, stage and the state that a checkpoint holds."""
         with self.spans.span("history"):
@@ -98,9 +111,10 @@ class Run:
             responses=len(samples),
             truncated=sum(sample.truncated for sample in samples),
         )
-        self.carried = rollout.surplus
         self.state = self.state_after(step)
-        return counts
+        versions = [sample.weight_version for group in rollout.kept for sample in group.samples]
+        behind = {"staleness": step - 1 - sum(versions) / len(versions)} if versions else {}
+        return counts | behind
 
     def restore(self, found: Found) -> None:
         """Continues from a checkpoint of the folder."""
@@ -111,6 +125,7 @@ class Run:
         self.stages.load_state_dict(self.state.stage)
         self.stream.drop(self.stages.dropped)
         self.stream.load_state_dict(self.state.stream)
+        self._stream_state = self.stream.state_dict()
         self.controller.load_state_dict(self.state.entropy)
         self.carried = [group_from_dict(group, self.stream.prompts) for group in self.state.carried]
         self.folder.rewind(self.state.step)
@@ -140,6 +155,8 @@ class Run:
         Raises RunFailure when engine and actor disagree on a fixed text beyond the tolerance.
         """
         self.display.phase("syncing weights")
+        with self.spans.span("rollout"):
+            self._ahead.wait()
         with self.spans.span("sync"):
             self.cluster.push_weights(version=completed)
         interval, tolerance = self.config.rollout.probe_interval, self.config.probe_tolerance

@@ -78,6 +78,11 @@ class RolloutConfig:
         "takes at the share kept so far: fewer rounds; the surplus goes into the next step, one version off-policy)",
         ("exact", "expected"),
     )
+    overlap: bool = key(
+        False,
+        "one step off: roll out the next step while this one is trained; needs engines that do not share the actor's "
+        "devices; a resume samples the rollout that was under way anew",
+    )
     num_engines: int = key(1, "vLLM engines")
     engine_tp: int = key(1, "tensor-parallel degree of one engine: GPUs, or CPU processes, that share its model")
     engine_dtype: str = key("auto", "engine compute type; auto is the actor's", ("auto", "fp32", "bf16"))

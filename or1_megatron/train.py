@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 
 from or1_megatron.cluster import Cluster
-from or1_megatron.collect import collect, rollout_metrics
+from or1_megatron.collect import rollout_metrics
 from or1_megatron.config import Config
 from or1_megatron.display import Display
 from or1_megatron.errors import StopRequested
@@ -64,7 +64,7 @@ def magic(run: Run) -> None:
             metrics = run.sync(step - 1)
             metrics |= run.evaluator.run_if_due(step - 1, display)
             display.phase("rollout")
-            rollout = collect(stage, run.cluster, run.rewards, run.stream, spans, run.carried)
+            rollout = run.rollout(stage, step)
             display.phase("update")
             e_k = run.entropy(rollout)
             alpha = run.controller.alpha(e_k)

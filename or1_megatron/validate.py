@@ -49,9 +49,10 @@ def validate(config: Config) -> None:
     temperatures = config.evaluation.temperatures
     if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
         raise UserError(f"evaluation.temperatures={temperatures} must hold different numbers, 0 or more, at least one")
-    if rollout.refill == "expected" and loss.old_log_probs != "engine" and not loss.importance_cap:
+    stale = "rollout.overlap=true" if rollout.overlap else "rollout.refill=expected"
+    if (rollout.overlap or rollout.refill == "expected") and loss.old_log_probs != "engine" and not loss.importance_cap:
         raise UserError(
-            "rollout.refill=expected trains on groups of the step before, so the loss has to know what they were "
+            f"{stale} trains on groups that earlier weights have sampled, so the loss has to know what they were "
             "sampled from; use loss.old_log_probs=engine, or loss.importance_cap above 0"
         )
     bounds = config.data.difficulty_range
@@ -81,6 +82,10 @@ def _validate_stages(config: Config) -> None:
     if config.steps > ends[-1]:
         raise UserError(
             f"steps={config.steps} is above until={ends[-1]} of the last stage; use at most that, or a later until"
+        )
+    if config.rollout.overlap and any(stage.patience for stage in config.stages):
+        raise UserError(
+            "rollout.overlap=true samples a step before it is known whether a stage's patience ends; leave one out"
         )
     if config.stages[-1].patience:
         raise UserError("stages: the last stage has patience but no stage follows it; leave it out there")

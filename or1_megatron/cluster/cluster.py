@@ -78,6 +78,8 @@ class Cluster:
             wanted=self.config.rollout.placement,
             engine_tp=self.config.rollout.engine_tp,
         )
+        if where.colocated and self.config.rollout.overlap:
+            raise UserError("rollout.overlap=true needs engines beside the actor, but they take turns; use more GPUs")
         self._launch_all(where)
         colocated = where.colocated
         devices = where.engine_devices or ((),) * len(self._engines)

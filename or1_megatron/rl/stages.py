@@ -45,6 +45,10 @@ class Stages:
             self._rewards, self._responses, self._truncated = [], 0, 0
         return self.index > before
 
+    def lasts(self, step: int) -> bool:
+        """Whether `step` still belongs to the running stage by its `until`."""
+        return not self._table or self.index + 1 == len(self._table) or step <= self._table[self.index].until
+
     @property
     def converged(self) -> bool:
         patience = self._table[self.index].patience

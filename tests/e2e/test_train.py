@@ -211,24 +211,28 @@ def test_wandb_without_the_package_is_refused_at_once(workplace: Path) -> None:
 
 
 def test_off_policy_and_resume(workplace: Path) -> None:
-    """Two optimizer steps per rollout on two replicas, vocabulary entropy; then one more step after a resume."""
+    """Two optimizer steps per rollout on two replicas, one step off, vocabulary entropy; then a step after a resume."""
     run = workplace / "run-resume"
     options = [
         "parallel.num_ranks=2",
         "loss.mini_batch_size=2",
-        "loss.old_log_probs=recompute",
+        "loss.old_log_probs=engine",
+        "rollout.overlap=true",
         "rollout.transport=ray",
     ]
     process = start(workplace, "recipe.yaml", f"run_dir={run}", "steps=2", "entropy.signal=vocabulary", *options)
     output = finish(process)
     assert process.returncode == 0, output
     assert [row["sgd_steps"] for row in metrics(run)[:2]] == [2, 2]
+    assert [row["staleness"] for row in metrics(run)[:2]] == [0, 1]
+    assert metrics(run)[0]["mismatch/max"] < 1e-3 < metrics(run)[1]["mismatch/max"]
     process = start(workplace, "--resume", str(run), "steps=3")
     output = finish(process)
     assert process.returncode == 0, output
     assert "resumed after step 2" in output
     steps = [row["step"] for row in metrics(run) if "loss" in row]
     assert steps == [1, 2, 3]
+    assert metrics(run)[2]["staleness"] == 0  # sampled anew, with the weights that were saved
     nothing_left(workplace)
 
 

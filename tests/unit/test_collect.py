@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import random
+import threading
 from typing import Any
 
 import pytest
 
-from or1_megatron.collect import Rollout, fill, rollout_metrics
+from or1_megatron.collect import Rollout, RolloutAhead, fill, rollout_metrics
 from or1_megatron.config import Config
 from or1_megatron.data.mixture import PromptMixture
-from or1_megatron.errors import UserError
-from or1_megatron.recipe import from_tree
+from or1_megatron.errors import RunFailure, UserError
+from or1_megatron.recipe import from_tree, override_tree
 from or1_megatron.rl.filter import is_informative
 from or1_megatron.types import Group, Prompt, Sample, group_as_dict, group_from_dict
 
@@ -100,9 +101,39 @@ def test_more_than_half_a_step_waits():
     assert rollout.kept[:2] == carried[:2] and rollout.num_carried == 2 and rollout.surplus[:3] == carried[2:]
 
 
+def test_a_rollout_ahead_is_taken_once_and_its_failure_is_raised():
+    ahead, rollout, free = RolloutAhead(), Rollout(), threading.Event()
+    assert ahead.take() is None
+
+    def sample() -> Rollout:
+        assert free.wait(10)
+        return rollout
+
+    ahead.start(sample)  # returns at once: the sample waits for what comes next
+    free.set()
+    ahead.wait()
+    assert ahead.take() is rollout and ahead.take() is None
+
+    def fail() -> Rollout:
+        raise RunFailure("engine0 died")
+
+    ahead.start(fail)
+    with pytest.raises(RunFailure, match="engine0 died"):
+        ahead.wait()
+
+
+@pytest.mark.parametrize("stale", ["refill=expected", "overlap=true"])
 @pytest.mark.parametrize("loss", [{"old_log_probs": "current"}, {"old_log_probs": "recompute"}])
-def test_an_off_policy_surplus_needs_the_log_probs_it_was_sampled_with(loss: dict):
-    tree = {"model": {"path": "/m"}, "rollout": {"refill": "expected"}}
-    with pytest.raises(UserError, match=r"rollout.refill=expected .* use loss.old_log_probs=engine"):
-        from_tree([("t", {**tree, "loss": loss})])
-    assert from_tree([("t", {**tree, "loss": {**loss, "importance_cap": 2.0}})]).rollout.refill == "expected"
+def test_old_samples_need_the_log_probs_they_were_sampled_with(loss: dict, stale: str):
+    layers = [("t", {"model": {"path": "/m"}}), override_tree(f"rollout.{stale}")]
+    with pytest.raises(UserError, match=rf"rollout.{stale} .* use loss.old_log_probs=engine"):
+        from_tree([*layers, ("t", {"loss": loss})])
+    from_tree([*layers, ("t", {"loss": {**loss, "importance_cap": 2.0}})])
+
+
+def test_overlap_and_patience_exclude_each_other():
+    stages = [{"until": 5, "patience": 2}, {"until": 9}]
+    tree = {"model": {"path": "/m"}, "steps": 9, "stages": stages, "loss": {"old_log_probs": "engine"}}
+    from_tree([("t", tree)])
+    with pytest.raises(UserError, match=r"rollout.overlap=true .* patience"):
+        from_tree([("t", {**tree, "rollout": {"overlap": True}})])

@@ -54,6 +54,7 @@ def test_stages_begin_after_until():
         if stages.moves_on(step):
             starts.append((step, stages.index, stages.first_step))
         stages.record(0.1, responses=4, truncated=1)
+        assert stages.lasts(step + 1) == (step + 1 not in (4, 6))
     assert starts == [(4, 1, 4), (6, 2, 6)]
 
 
