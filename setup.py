@@ -10,6 +10,7 @@ CORE = [
     "omegaconf==2.4.0",
     "pyyaml",
     "transformers",
+    "huggingface_hub",
     "safetensors",
     "pyarrow",
     "psutil",

@@ -47,7 +47,7 @@ def evaluate(
 
     problems: folder of the named benchmarks; None is OR1_PROBLEMS. limit: only the first so many problems of each.
     """
-    with _configuration(target, overrides or []) as config:
+    with configuration(target, overrides or []) as config:
         sets = _problem_sets(config, benchmarks, problems, limit)
         out = out or Path(config.runs_dir) / f"eval-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.parquet"
         if out.exists():
@@ -61,7 +61,7 @@ def evaluate(
 
 
 @contextmanager
-def _configuration(target: Path, overrides: list[str]) -> Iterator[Config]:
+def configuration(target: Path, overrides: list[str]) -> Iterator[Config]:
     """Of a run folder (its newest checkpoint exported for as long as this lasts), of a model directory, of a recipe."""
     if (target / "config.yaml").is_file():
         config = load(target / "config.yaml", overrides).widest()
@@ -127,10 +127,9 @@ def rescore(file: Path, config: RewardConfig, out: Path | None = None) -> None:
     out: where the same rows go with the new verdicts. Raises UserError.
     """
     rows = read_rows(file)
-    table = parquet.read_table(file)
-    lacking = {"uid", "length", "truncated", "verdict", "reward"} - set(table.column_names)
-    if lacking:
-        raise UserError(f"{file} lacks the columns {', '.join(sorted(lacking))}; `or1 verify` scores any responses")
+    table = parquet.read_table(file) if file.suffix == ".parquet" else None
+    if table is None or not {"uid", "length", "truncated", "verdict", "reward"} <= set(table.column_names):
+        raise UserError(f"{file} is no file of `or1 eval` or of a run's rollouts/; `or1 verify` scores any responses")
     with RewardService(config) as service:
         verdicts = [future.result() for future in [service.submit(row.task) for row in rows]]
     before = table["verdict"].to_pylist()

@@ -9,6 +9,7 @@ the end (`AsyncRequest`); its own writers are not used: their results go through
 from __future__ import annotations
 
 import ctypes
+import inspect
 import multiprocessing
 import os
 import pickle
@@ -37,7 +38,10 @@ class CheckpointWriter:
         self._directory = directory
         self._results = _Results()
         filesystem_async._results_queue = self._results  # else Megatron starts its manager
-        request: Any = dist_checkpointing.save(state, str(directory), async_sharded_save=True)
+        # From 0.19 on Megatron's default is another package's writer; this is its own, all that 0.16 has.
+        named = "async_strategy" in inspect.signature(dist_checkpointing.save).parameters
+        strategy: Any = {"async_strategy": "mcore"} if named else {}
+        request: Any = dist_checkpointing.save(state, str(directory), async_sharded_save=True, **strategy)
         self._finalize: list[Callable[[], None]] = request.finalize_fns
         self._process: Any = None
         if request.async_fn is not None:

@@ -19,7 +19,9 @@ import yaml
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
-from or1_megatron.convert import megatron_to_hf
+from or1_megatron.convert import hf_to_megatron, megatron_to_hf
+from or1_megatron.recipe import load
+from or1_megatron.runfolder import RunFolder
 from tests.tiny_models import write_tiny_model
 
 PROBLEMS = [("What is 3 + 4?", "7"), ("Name a prime.", "2"), ("2 + 2 =", "4"), ("Half of 18?", "9"), ("1 + 0 =", "1")]
@@ -157,7 +159,12 @@ def check_times(run: Path, rows: list[dict]) -> None:
 
 
 def test_evaluation_of_a_model(workplace: Path) -> None:
-    """Two benchmarks at two temperatures, saved; the same numbers when the saved responses are scored again."""
+    """A run's checkpoint on two benchmarks at two temperatures; the same when the saved responses are scored again."""
+    run = RunFolder.create(load(workplace / "recipe.yaml", [f"run_dir={workplace / 'run-evaluated'}"]))
+    checkpoint = run.checkpoints / "step-000007"
+    checkpoint.mkdir()
+    hf_to_megatron(workplace / "model", checkpoint / "actor")
+    (checkpoint / "files.json").write_text("{}")
     rows = [{"question": "1 + 1 = ?", "answer": "#### 2"}, {"question": "2 + 1 = ?", "answer": "#### 3"}]
     (workplace / "gsm8k").mkdir()
     (workplace / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -179,7 +186,7 @@ def test_evaluation_of_a_model(workplace: Path) -> None:
     ]
     command = [sys.executable, "-m", "or1_megatron", "eval"]
     done = subprocess.run(
-        [*command, "model", *words], check=False, cwd=workplace, capture_output=True, text=True, timeout=180
+        [*command, str(run.path), *words], check=False, cwd=workplace, capture_output=True, text=True, timeout=180
     )
     assert done.returncode == 0, done.stderr
     again = subprocess.run(
@@ -197,6 +204,7 @@ def test_evaluation_of_a_model(workplace: Path) -> None:
     saved = read_table(workplace / "said.parquet").to_pylist()
     assert saved[0]["prompt"].startswith("user: 1 + 1 = ?\nPlease reason step by step") and len(saved) == 42
     assert 0 < max(row["length"] for row in saved) <= 12
+    assert not list(run.path.glob(".eval-*")), "the exported model was left behind"
     nothing_left(workplace)
 
 

@@ -1,0 +1,80 @@
+"""What `or1 eval` takes as its model, what it refuses at once, and scoring saved responses again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet
+
+from or1_megatron import cli
+from or1_megatron.errors import UserError
+from or1_megatron.responses import response_table, write_responses
+from or1_megatron.scoring import LONGEST_CONTEXT, configuration, evaluate, rescore
+from or1_megatron.sections import RewardConfig
+from or1_megatron.types import Group, Prompt, Sample
+from tests.tiny_models import write_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("m") / "tiny", "llama", tied=True)
+
+
+def test_a_bare_model_has_all_of_its_positions(model: Path):
+    with configuration(model, ["evaluation.num_samples=32"]) as config:
+        assert (config.name, config.model.path, config.evaluation.num_samples) == ("tiny", str(model), 32)
+        assert 0 < config.rollout.context_length <= LONGEST_CONTEXT
+    with configuration(model, ["rollout.context_length=64"]) as config:
+        assert config.rollout.context_length == 64
+
+
+def test_what_is_refused_at_once(model: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="is no model directory, run folder or recipe"):
+        evaluate(tmp_path / "nothing", ["aime24"])
+    with pytest.raises(UserError, match="nothing to evaluate on; use --benchmark"):
+        evaluate(model, [])
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"empty.jsonl holds no problem"):
+        evaluate(model, [str(tmp_path / "empty.jsonl")])
+    (tmp_path / "one.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}')
+    (tmp_path / "out.parquet").touch()
+    with pytest.raises(UserError, match=r"--out .*out.parquet exists"):
+        evaluate(model, [str(tmp_path / "one.jsonl")], out=tmp_path / "out.parquet")
+
+
+def group(name: str, texts: list[str], verdicts: list[str]) -> Group:
+    prompt = Prompt(name, "1 + 1 = ?<think>", (1,), ("2", "two"), "sums")
+    return Group(
+        prompt,
+        [
+            Sample(prompt, i, [3] * (i + 1), [-0.1] * (i + 1), text, "stop", 0, verdict, float(verdict == "correct"))
+            for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True))
+        ],
+    )
+
+
+def test_rescoring_finds_what_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """One verdict was too strict; the prompt ended inside <think>, so that an answer needs </think> before it."""
+    groups = [
+        group("a", ["x</think>\\boxed{2}", "\\boxed{2}"], ["correct", "unparsable"]),
+        group("b", ["</think>\\boxed{\\frac{4}{2}}", "</think>\\boxed{3}"], ["wrong", "wrong"]),
+    ]
+    write_responses(tmp_path / "r.parquet", groups, benchmark="sums", temperature=1.0)
+    assert cli.main(["eval", "--rescore", str(tmp_path / "r.parquet"), "--out", str(tmp_path / "new.parquet")]) == 0
+    said = capsys.readouterr().out
+    assert "benchmark sums, temperature 1.0: 2 problems x 2 responses" in said
+    assert "avg@2     50.00 %" in said and "pass@2   100.00 %" in said and "length      1.5 tokens" in said
+    assert said.endswith("1 of 4 verdicts changed\n")
+    new = parquet.read_table(tmp_path / "new.parquet")
+    assert new["verdict"].to_pylist() == ["correct", "unparsable", "correct", "wrong"]
+    assert (
+        new["reward"].to_pylist() == [1.0, 0.0, 1.0, 0.0]
+        and new.schema == response_table(groups, benchmark="sums", temperature=1.0).schema
+    )
+
+
+def test_a_file_that_is_no_responses(tmp_path: Path):
+    (tmp_path / "plain.jsonl").write_text('{"response": "2", "ground_truth": "2"}')
+    with pytest.raises(UserError, match=r"plain.jsonl is no file of `or1 eval`.*or1 verify"):
+        rescore(tmp_path / "plain.jsonl", RewardConfig(num_workers=1))
