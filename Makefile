@@ -1,4 +1,4 @@
-# make quickstart | test | lint | bench; each sets up .venv first where that has not been done.
+# make quickstart | test | test-slurm | lint | bench; each sets up .venv first where that has not been done.
 # PYTHON       interpreter that .venv is made from, 3.11 or newer
 # TORCH_INDEX  package index of PyTorch's CPU wheels, for machines where the plain torch wheel is the CUDA build
 # TEST_ARGS, BENCH_ARGS  passed on to pytest and to every benchmark
@@ -14,7 +14,7 @@ BENCH_STAMP := .venv-bench/.installed
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: setup quickstart test lint bench clean
+.PHONY: setup quickstart test test-slurm lint bench clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,12 @@ quickstart: setup
 
 test: setup
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# Everything about Slurm, on one that the tests start themselves: root and Debian's packages. About 15 minutes.
+test-slurm: setup
+	@if [ "$$(id -u)" = 0 ] && ! command -v slurmd >/dev/null && command -v apt-get >/dev/null; then \
+	  apt-get update -q && apt-get install -q -y --no-install-recommends slurm-wlm munge iproute2 shellcheck; fi
+	SLURM=full $(BIN)/python -m pytest tests/slurm $(TEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

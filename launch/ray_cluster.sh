@@ -5,7 +5,7 @@
 # Every host has this checkout and its Python under the same path (PYTHON, default .venv/bin/python). Settings: GPUS a
 # host (default: what nvidia-smi counts there), PORT (default 6379), OBJECT_STORE_GB (8), DEADLINE_S (300), SSH (ssh).
 # The hosts share a file system for run folder, model and problems. At its end `start` prints the command to train with.
-set -euo pipefail
+set -eEuo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python} PORT=${PORT:-6379} SSH=${SSH:-ssh}
 OBJECT_STORE_GB=${OBJECT_STORE_GB:-8} DEADLINE_S=${DEADLINE_S:-300}
@@ -33,9 +33,9 @@ for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 -- "-$pid" 2>/dev/null || break; sleep
 kill -KILL -- "-$pid" 2>/dev/null
 rm -rf "$1"'
 
-stop() {
+stop() { # HOST...
   local host status=0
-  for host in "${HOSTS[@]}"; do on "$host" "$STOP" "$STATE" || { echo "ray_cluster: $host did not answer" >&2; status=1; }; done
+  for host in "$@"; do on "$host" "$STOP" "$STATE" || { echo "ray_cluster: $host did not answer" >&2; status=1; }; done
   return $status
 }
 
@@ -71,11 +71,12 @@ done' "$STATE" "$PYTHON" "$address:$PORT" "$DEADLINE_S"
 }
 
 start() {
-  local host answer address="" total=0 token
+  local host answer address="" total=0 token started=()
   token=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')
-  trap 'echo "ray_cluster: stopping what was started" >&2; stop || true' ERR
+  trap 'echo "ray_cluster: stopping what was started" >&2; stop "${started[@]}" || true' ERR
   for host in "${HOSTS[@]}"; do
     answer=$(on "$host" "$START" "$STATE" "$ROOT" "$PYTHON" "$PORT" "$address" "${GPUS:-}" "$OBJECT_STORE_GB" "$token" "${HOSTS[1]:-$host}")
+    started+=("$host")
     if [ -z "$address" ]; then
       address=${answer% *}
       await_head
@@ -87,7 +88,7 @@ start() {
   # shellcheck disable=SC2016
   on "${HOSTS[0]}" 'cd "$2" && export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$1/token PYTHONPATH=$2
 export RAY_ADDRESS=$4 OR1_RAY_NODES=$5 OR1_RAY_GPUS=$6 OR1_RAY_DEADLINE_S=$7
-exec "$3" -m or1_megatron.cluster.joining' \
+exec "$3" -m or1_megatron.cluster' \
     "$STATE" "$ROOT" "$PYTHON" "$address:$PORT" "${#HOSTS[@]}" "$total" "$DEADLINE_S"
   trap - ERR
   cat <<TRAIN
@@ -97,4 +98,4 @@ on ${HOSTS[0]}, in $ROOT:
 TRAIN
 }
 
-"$ACTION"
+if [ "$ACTION" = stop ]; then stop "${HOSTS[@]}"; else start; fi

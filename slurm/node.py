@@ -152,7 +152,7 @@ class Supervisor:
         os.environ["OR1_RAY_NODES"] = str(self.num_nodes)
         os.environ["OR1_RAY_GPUS"] = str(self.num_nodes * self.gpus)
         os.environ["OR1_RAY_DEADLINE_S"] = str(int(self.job["start_deadline_s"]))
-        self._start("joining", [self.job["python"], "-m", "or1_megatron.cluster.joining"])
+        self._start("joining", [self.job["python"], "-m", "or1_megatron.cluster"])
         while self.children["joining"].poll() is None:
             self._check(but="joining")
         if self.children.pop("joining").returncode:

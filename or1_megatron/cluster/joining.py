@@ -1,7 +1,7 @@
 """Ray itself: started on this host, or joined at RAY_ADDRESS, with every node and GPU there before work begins.
 
 A launcher sets RAY_ADDRESS (host:port) and, so that a run waits for its whole cluster and never takes another's for its
-own, OR1_RAY_NODES and OR1_RAY_GPUS. `python -m or1_megatron.cluster.joining` waits for them and says what is missing.
+own, OR1_RAY_NODES and OR1_RAY_GPUS. `python -m or1_megatron.cluster` waits for them and says what is missing.
 """
 
 from __future__ import annotations
@@ -122,7 +122,3 @@ def main() -> int:
     print(f"Ray has {len(there)} nodes with {sum(node.gpus for node in there)} GPUs")
     ray.shutdown()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

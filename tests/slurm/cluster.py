@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
+
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
 STUB = Path(__file__).with_name("stub_program.py")
@@ -31,11 +33,16 @@ def missing() -> str:
 class SlurmCluster:
     """Context manager: starts nodes, stops them and everything in them."""
 
-    def __init__(self, shared: Path, nodes: int, gpus: int = 1, names: str = ""):
+    def __init__(self, shared: Path, nodes: int, gpus: int = 1, names: str = "", also: str | Path = ""):
         self.shared = shared
         self.root = Path(f"/tmp/or1-slurm-{os.getpid()}-{time.monotonic_ns() % 10**6}")
         self.names = names.split() or [f"node{i + 1}" for i in range(nodes)]
-        self._settings = {"NODES": str(nodes), "GPUS": str(gpus), "NAMES": names, "SHARED": f"{REPOSITORY} {shared}"}
+        self._settings = {
+            "NODES": str(nodes),
+            "GPUS": str(gpus),
+            "NAMES": names,
+            "SHARED": f"{REPOSITORY} {shared} {also}",
+        }
 
     def __enter__(self) -> SlurmCluster:
         try:
@@ -57,10 +64,11 @@ class SlurmCluster:
             cwd=cwd or self.shared, env={**os.environ, **environment},
         )  # fmt: skip
 
-    def submit(self, recipe: Path, *words: str, cwd: Path | None = None, **environment: str) -> Job:
-        """Submits by slurm/submit.py into a folder of its own; asserts that it was taken."""
-        number = len(list(self.shared.glob("run-*")))
-        run = self.shared / f"run-{number}"
+    def submit(
+        self, recipe: Path, *words: str, run: Path | None = None, cwd: Path | None = None, **environment: str
+    ) -> Job:
+        """Submits by slurm/submit.py, by default into a folder of its own; asserts that it was taken."""
+        run = run or self.shared / f"run-{len(list(self.shared.glob('run-*')))}"
         done = self.try_submit(recipe, f"--run-dir={run}", *words, cwd=cwd, **environment)
         assert done.returncode == 0, done.stderr
         return Job(self, run, (run / "slurm" / "jobs").read_text().split()[-1])
@@ -72,19 +80,25 @@ class SlurmCluster:
         options = (f"--python={sys.executable}", "--object-store-gb=0.1", "--time=30", "--lead=5", "--gpus-per-node=1")
         return self.login("python3", script, recipe, *options, *words, cwd=cwd, **environment)
 
-    def stub(self, recipe: Path, *words: str, steps: int = 400, cwd: Path | None = None, **environment: str) -> Job:
-        return self.submit(recipe, f"--program={STUB}", *words, cwd=cwd, STUB_STEPS=str(steps), **environment)
+    def stub(self, recipe: Path, *words: str, steps: int = 400, run: Path | None = None, **environment: str) -> Job:
+        """Submits the stub in place of training, for so many steps."""
+        return self.submit(recipe, f"--program={STUB}", *words, run=run, STUB_STEPS=str(steps), **environment)
 
-    def pid(self, name: str, what: str = "pid") -> int:
-        return int((self.root / "run" / f"{name}.{what}").read_text())
+    def pid(self, name: str, program: str = "") -> int:
+        """The process whose death is the node's power cut, or one of the node's programs (bash is its init)."""
+        top = psutil.Process(int((self.root / "run" / f"{name}.pid").read_text()))
+        return top.pid if not program else next(p.pid for p in top.children(recursive=True) if p.name() == program)
+
+    def inside(self, name: str) -> list[str]:
+        """The command that enters a node."""
+        return ["nsenter", f"--target={self.pid(name, 'init')}", "--net", "--pid", "--mount", "--uts", "--ipc"]
 
     def boot(self, name: str) -> None:
         subprocess.run([self.root / "boot", str(self.names.index(name))], check=True)
 
-    def on(self, name: str, *command: str) -> subprocess.Popen[bytes]:
-        """Starts a command in the node's namespaces, as another program of that node."""
-        inside = self.pid(name, "slurmd")
-        return subprocess.Popen(["nsenter", f"--target={inside}", "--net", "--pid", "--mount", "--uts", *command])
+    def on(self, name: str, *command: str) -> subprocess.Popen[str]:
+        """Starts a command on the node, as another program of that node."""
+        return subprocess.Popen([*self.inside(name), *command], text=True, stdout=subprocess.PIPE)
 
 
 class Job:
@@ -121,9 +135,11 @@ class Job:
 
     def _await(self, reached, what: str, timeout_s: float) -> None:  # noqa: ANN001
         deadline = time.monotonic() + timeout_s
+        hastened = 0.0
         while not reached():
             assert time.monotonic() < deadline, f"not in {timeout_s} s: {what}\n{self.log}\n{self.tails()}"
-            if self.show("JobState") == "PENDING":  # a requeued job waits for two minutes
+            if self.show("JobState") == "PENDING" and time.monotonic() > hastened + 8:
+                hastened = time.monotonic()  # a requeued job waits for two minutes
                 self.cluster.login("scontrol", "update", f"JobId={self.id}", "StartTime=now")
             time.sleep(0.5)
 

@@ -114,7 +114,6 @@ done
 mount --rbind "$ROOT/tmp/\$1" /tmp
 hostname "\$1"
 slurmd -D -N "\$1" &
-echo \$! >$ROOT/run/\$1.slurmd
 trap 'exit 0' TERM
 while :; do sleep 1 & wait \$!; done
 INIT

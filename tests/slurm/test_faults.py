@@ -38,14 +38,11 @@ def resumed(job: Job) -> None:
 
 
 def left_on(slurm: SlurmCluster, job: Job, names: list[str]) -> list[str]:
-    """Processes of the job on these nodes."""
-    script = f"cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -a OR1_ATTEMPT={job.run} || true"
-    found = []
-    for name in names:
-        inside = slurm.pid(name, "slurmd")
-        command = f'nsenter --target={inside} --pid --mount bash -c "{script}"'
-        found += [f"{name}: {line}" for line in os.popen(command).read().splitlines()]
-    return found
+    """Marks of the job's processes on these nodes."""
+    script = f"cat /proc/[0-9]*/environ 2>/dev/null | tr '\\0' '\\n' | grep -a ^OR1_ATTEMPT={job.run}/"
+    return [
+        f"{name}: {line}" for name in names for line in slurm.on(name, "bash", "-c", script).communicate()[0].split()
+    ]
 
 
 def nothing_left(slurm: SlurmCluster, job: Job, names: list[str], timeout_s: float = 40) -> None:
@@ -64,6 +61,7 @@ def test_usr1_saves_and_requeues(slurm: SlurmCluster, job: Job) -> None:
 
 def test_scancel_ends_everything(slurm: SlurmCluster, job: Job) -> None:
     names = job.hosts()
+    assert left_on(slurm, job, names)
     slurm.login("scancel", job.id)
     assert job.await_state("CANCELLED", "PENDING", "REQUEUED", timeout_s=60) == "CANCELLED"
     nothing_left(slurm, job, names)
