@@ -7,6 +7,7 @@ it is asked again, then the job's record and the accounting are, and the attempt
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -87,7 +88,7 @@ def _job_lines(run: Path, id: str) -> list[str]:
         left = f", {found.left} to the time limit" if found.left and found.state == "RUNNING" else ""
         state = f"{found.state}{left}{f' ({found.reason})' if found.reason not in ('', 'None') else ''}"
     elif found.state:
-        state = found.state
+        state = f"{found.state} ({found.reason})" if found.reason not in ("", "None") else found.state
     elif said and not said.startswith("requeued"):
         state = "ended"
     else:
@@ -112,7 +113,8 @@ def ask_slurm(id: str, again: int = 3) -> JobState:
         word.split("=", 1) for word in (_ask("scontrol", "show", "job", "-o", id) or "").split() if "=" in word
     )
     if "JobState" in record:
-        return JobState(record["JobState"], "", record.get("Reason", ""))
+        comment = re.search(r"(?m) Comment=(.*?)(?= \w+=|$)", " ".join(words))
+        return JobState(record["JobState"], "", comment.group(1) if comment else record.get("Reason", ""))
     answer = (_ask("sacct", "-n", "-X", "-P", "-j", id, "-o", "State") or "").split()
     return JobState(answer[0]) if answer else JobState()
 

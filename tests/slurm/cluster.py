@@ -111,9 +111,11 @@ class Job:
     def log(self) -> str:
         return "".join(path.read_text() for path in (self.run / "slurm").glob("*.out"))
 
+    def record(self) -> str:
+        return self.cluster.login("scontrol", "show", "job", self.id).stdout
+
     def show(self, field: str) -> str:
-        text = self.cluster.login("scontrol", "show", "job", self.id).stdout
-        found = [word.partition("=")[2] for word in text.split() if word.startswith(f"{field}=")]
+        found = [word.partition("=")[2] for word in self.record().split() if word.startswith(f"{field}=")]
         return found[0] if found else ""
 
     def rows(self) -> list[dict]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,7 +71,9 @@ def test_shared_folder_that_cannot_be_written(recipe: Path, shared: Path, small:
         else:
             subprocess.run(["mount", "-o", "remount,ro", small], check=True)
         cluster.login("scontrol", "release", job.id)
-        time.sleep(8)
-        print(cluster.login("scontrol", "show", "job", job.id).stdout)
-        job.cancel()
+        job.await_state("FAILED", timeout_s=60)
         assert not list(small.glob("run/slurm/job-*/attempt-*/ray-*"))
+        if how == "full":
+            assert "cannot be written from node1; nothing was started" in job.record()
+        else:
+            assert job.show("Reason") == "JobLaunchFailure"  # Slurm itself cannot open the log

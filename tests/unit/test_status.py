@@ -58,6 +58,8 @@ def test_one_empty_answer_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_records_are_asked_when_the_queue_stays_empty(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, scontrol=["JobId=7 JobState=CANCELLED Reason=None\n"])
     assert ask_slurm("7").state == "CANCELLED"
+    answers(monkeypatch, scontrol=["JobId=7 JobState=FAILED Reason=None WorkDir=/r Comment=no node is fit StdErr=x\n"])
+    assert ask_slurm("7") == JobState("FAILED", "", "no node is fit")
     answers(monkeypatch, sacct=["COMPLETED\n"])
     assert ask_slurm("7").state == "COMPLETED"
     answers(monkeypatch)
