@@ -109,9 +109,8 @@ def ask_slurm(id: str, again: int = 3) -> JobState:
             return JobState(*answer.splitlines()[0].split("|"))
         if attempt + 1 < again:
             time.sleep(_ASK_AGAIN_S)
-    record = dict(
-        word.split("=", 1) for word in (_ask("scontrol", "show", "job", "-o", id) or "").split() if "=" in word
-    )
+    words = (_ask("scontrol", "show", "job", "-o", id) or "").split()
+    record = dict(word.split("=", 1) for word in words if "=" in word)
     if "JobState" in record:
         comment = re.search(r"(?m) Comment=(.*?)(?= \w+=|$)", " ".join(words))
         return JobState(record["JobState"], "", comment.group(1) if comment else record.get("Reason", ""))
