@@ -1,0 +1,124 @@
+"""The launcher's own parts, without a Slurm: ports, times, what to start, when to stop; and where its files may run."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[3] / "slurm"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"slurm_{name}", FOLDER / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+ports, progress, site_limits = load("ports"), load("progress"), load("site_limits")
+
+
+def test_ports_of_neighbouring_jobs_never_meet() -> None:
+    blocks = []
+    for job in range(4711, 4711 + ports.NUM_BLOCKS):
+        found = ports.of_job(job)
+        fixed = [value for name, value in found.items() if "worker" not in name]
+        assert len(set(fixed)) == len(fixed) and max(fixed) < found["first worker"] < found["last worker"] < 32768
+        blocks.append((min(fixed), found["last worker"]))
+    blocks.sort()
+    assert all(one[1] < other[0] for one, other in zip(blocks, blocks[1:], strict=False)) and blocks[0][0] > 1024
+
+
+def test_the_batch_script_means_the_same_ports() -> None:
+    (line,) = [line for line in (FOLDER / "train.sbatch").read_text().splitlines() if line.startswith("BASE=")]
+    said = subprocess.run(["bash", "-c", f"SLURM_JOB_ID=98765\n{line}\necho $BASE"], capture_output=True, check=True)
+    assert int(said.stdout) == ports.of_job(98765)["gcs"]
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), ("30:30", 30.5), ("2:30:00", 150), ("1-12", 2160), ("2-00:00:00", 2880), ("infinite", None)],
+)
+def test_times_of_slurm(text: str, minutes: float | None) -> None:
+    assert site_limits.minutes(text) == minutes
+    with pytest.raises(site_limits.Refused, match="is no time"):
+        site_limits.minutes("1h")
+
+
+def test_gpus_of_a_node() -> None:
+    assert site_limits._gpus("gpu:h800:8(S:0-1)") == 8 and site_limits._gpus("mps:100,gpu:4") == 4
+    assert site_limits._gpus("(null)") == 0
+
+
+JOB = {"program": "", "python": "python3", "recipe": "recipe.yaml", "overrides": [], "steps": ""}
+
+
+def test_what_the_driver_is(tmp_path: Path) -> None:
+    """New; with what a run left that never saved moved aside; from the newest complete checkpoint."""
+    run, attempt = tmp_path / "run", tmp_path / "run" / "slurm" / "job-1" / "attempt-1"
+    attempt.mkdir(parents=True)
+    new = ["python3", "-m", "or1_megatron", "train", f"{run}/slurm/recipe.yaml", f"run_dir={run}"]
+    assert progress.command(run, attempt, JOB) == new
+    (run / "metrics.jsonl").write_text("{}\n")
+    (run / "checkpoints" / ".step-000001.partial").mkdir(parents=True)
+    assert progress.command(run, attempt, JOB) == new
+    assert [path.name for path in run.iterdir()] == ["slurm"]
+    assert (attempt / "before" / "metrics.jsonl").is_file()
+    for step in (9, 10):
+        (run / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
+    (run / "checkpoints" / "step-000009" / "driver.json").write_text("{}")
+    assert progress.newest_checkpoint(run) == 9, "10 is not complete"
+    assert progress.command(run, attempt, {**JOB, "steps": "740"})[-3:] == ["--resume", str(run), "steps=740"]
+
+
+def test_time_is_short_when_a_step_a_save_and_a_minute_do_not_fit(tmp_path: Path) -> None:
+    rows = [{"step": 1, "seconds/step": 100.0}, {"step": 2, "seconds/step": 80.0, "seconds/save": 30.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
+    assert not progress.Watch(tmp_path, 0, time.time() + 100 + 30 + 60 + 20).time_is_short()
+    assert progress.Watch(tmp_path, 0, time.time() + 100 + 30 + 60 - 20).time_is_short()
+    assert not progress.Watch(tmp_path / "nothing", 0, time.time() + 1).time_is_short(), "no step to go by"
+
+
+def test_stalled_is_no_trace_for_so_long(tmp_path: Path) -> None:
+    watch = progress.Watch(tmp_path, 0.3, float("inf"))
+    assert not watch.stalled()
+    time.sleep(0.4)
+    assert watch.stalled()
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert not watch.stalled()
+
+
+@pytest.mark.parametrize("name", ["submit", "site_limits"])
+def test_a_login_nodes_python_can_run_it(name: str) -> None:
+    ast.parse((FOLDER / f"{name}.py").read_text(), feature_version=(3, 8))
+
+
+@pytest.mark.parametrize("name", ["submit", "site_limits", "node", "ports", "progress"])
+def test_it_needs_the_standard_library_only(name: str) -> None:
+    own = {path.stem for path in FOLDER.glob("*.py")} - {"resolve"}
+    for node in ast.walk(ast.parse((FOLDER / f"{name}.py").read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert all(found.partition(".")[0] in sys.stdlib_module_names | own for found in names), names
+
+
+def test_shellcheck_is_clean(tmp_path: Path) -> None:
+    if shutil.which("shellcheck") is None:
+        pytest.skip("needs shellcheck: apt-get install shellcheck")
+    root = FOLDER.parent
+    batch = tmp_path / "train.sbatch"
+    settings = 'RUNS=(a) MAX_RESTARTS=1 PREFLIGHT_S=1 CONTAINER="" MOUNTS="" PYTHON="" OR1_SHM_MB=1'
+    batch.write_text((FOLDER / "train.sbatch").read_text().replace("#@SETTINGS@", settings))
+    files = [batch, FOLDER / "preflight", root / "launch" / "ray_cluster.sh", root / "tests" / "slurm" / "cluster.sh"]
+    done = subprocess.run(["shellcheck", *files], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
