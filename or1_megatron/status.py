@@ -75,7 +75,9 @@ def status_lines(run: Path) -> list[str]:
         )
     else:
         lines.append(f"step      0 of {total}")
-    for id in _text(run / "slurm" / "jobs").split():
+    folders = {path.name.partition("-")[2] for path in run.glob("slurm/job-*/")}
+    submitted = _text(run / "slurm" / "jobs").split()
+    for id in submitted if not folders or folders.intersection(submitted) else sorted(folders):  # of an array: its task
         lines += _job_lines(run, id)
     return lines
 

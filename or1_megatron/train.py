@@ -35,7 +35,7 @@ def train(config: Config, resume: Path | None = None) -> int:
         RewardService(config.reward, folder.logs) as rewards,
         _starting(display, config.widest(), folder) as cluster,
     ):
-        cluster.stop_requested = lambda: stop.requested
+        cluster.stop_requested, cluster.message = (lambda: stop.requested), display.message
         if isolation:
             display.message(isolation)
         run = Run(config, architecture, folder, cluster, rewards, display, stop, sources, held_out)

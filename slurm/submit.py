@@ -70,6 +70,13 @@ def default_python() -> str:
     return str(own) if own.exists() else "python3"
 
 
+def job_python(options: argparse.Namespace) -> str:
+    """By its path on the nodes; in an image the checkout's own is of no use."""
+    if options.container_image:
+        return "python3" if options.python == default_python() else options.python
+    return shutil.which(options.python) or options.python
+
+
 def recipes_and_overrides(options: argparse.Namespace) -> tuple:
     recipes = [word for word in options.words if "=" not in word]
     overrides = [word for word in options.words if "=" in word]
@@ -160,7 +167,7 @@ def script(runs: list[Path], facts: dict[str, Any], options: argparse.Namespace)
         "MAX_RESTARTS": options.max_restarts,
         "PREFLIGHT_S": 180,
         "OR1_SHM_MB": round(options.object_store_gb * 1024),
-        "PYTHON": options.python if options.container_image else shutil.which(options.python) or options.python,
+        "PYTHON": job_python(options),
         "CONTAINER": options.container_image,
         "MOUNTS": ",".join(mounts),
     }
@@ -185,7 +192,7 @@ def write_run(run: Path, recipe: str, overrides: list[str], facts: dict[str, Any
         name, left = copy_recipe(Path(recipe), folder), overrides
     job = {
         "name": facts["name"], "recipe": name, "overrides": left, "workdir": str(Path.cwd()),
-        "python": "python3" if options.container_image and options.python == default_python() else options.python,
+        "python": job_python(options),
         "program": str(Path(options.program).absolute()) if options.program else "", "interface": options.interface,
         "object_store_gb": options.object_store_gb, "start_deadline_s": options.start_minutes * 60,
         "stall_s": options.stall_minutes * 60, "time": options.time, "nodes": options.nodes, "plan": facts["plan"],

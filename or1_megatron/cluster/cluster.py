@@ -1,28 +1,27 @@
 """The processes of a run, what is asked of them, and what happens when one dies.
 
-One Ray actor per Megatron rank and one per engine. The driver only ever waits in `_wait`, which also pings every
-worker, so the death of an idle one is noticed within seconds. Any death ends the run with that process's last log
-lines; leaving the context ends every process.
+One Ray actor per Megatron rank and one per engine. The driver only ever waits in workers.py, so a death is noticed
+within seconds. It ends the run with that process's last log lines, except that of an engine during a rollout while
+others are left: they take over its prompts. Leaving the context ends every process.
 """
 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from or1_megatron.architecture import read_architecture
 from or1_megatron.cluster import joining
 from or1_megatron.cluster.placement import Placement, place
+from or1_megatron.cluster.workers import WorkerDied, Workers
 from or1_megatron.config import Config
-from or1_megatron.errors import RunFailure, StopRequested, UserError
+from or1_megatron.errors import UserError
 from or1_megatron.handover import ACTOR_PARTS, ENGINE_PARTS, Handover, Part, Phase
 from or1_megatron.parallel import shared_memory
 from or1_megatron.parallel.bucket import plan_buckets
@@ -33,7 +32,6 @@ from or1_megatron.processes import ActorRank, EngineProcess
 from or1_megatron.rollout.engine import SamplingSpec, engine_spec
 from or1_megatron.types import Group, MicroBatch, Prompt, TokenValues, UpdateResult
 
-_PING_INTERVAL_S = 5.0
 _BUCKETS_IN_FLIGHT = 2
 
 
@@ -44,14 +42,13 @@ class Cluster:
         self.config = config
         self.dims = Dims.of(config)
         self.stop_requested: Callable[[], bool] = lambda: False
+        self.message: Callable[[str], None] = lambda text: None  # where the user is told of what the run survives
         self._run_dir = run_dir.absolute()  # of a folder that all nodes see
         self._with_actor = with_actor
         self._ranks: list[Any] = []
         self._engines: list[Any] = []
-        self._logs: dict[Any, Path] = {}
-        self._pings: dict[Any, Any] = {}
+        self._workers = Workers()
         self._handover: Handover | None = None
-        self._last_ping = 0.0
 
     def __enter__(self) -> Cluster:
         try:
@@ -88,14 +85,14 @@ class Cluster:
             for i, engine in enumerate(self._engines)
         ]
         if colocated:
-            self._wait(started)
+            self._workers.wait(started)
             self._release(ENGINE_PARTS)
             self._handover = Handover(self._release, self._restore)
         if self._with_actor:
             address = self._nodes[where.nodes("rank")[0]].address if self._joined else None
-            meeting = self._wait([self._ranks[0].meeting_point.remote(address)])[0]
+            meeting = self._workers.wait([self._ranks[0].meeting_point.remote(address)])[0]
             started += [rank.start.remote(self.config, i, meeting) for i, rank in enumerate(self._ranks)]
-        self._wait(started)
+        self._workers.wait(started)
         self._num_buckets = self._share_weights() if self._with_actor else 0
 
     def _launch_all(self, where: Placement) -> None:
@@ -106,7 +103,7 @@ class Cluster:
                 self._ranks = workers
             else:
                 self._engines = workers
-            self._wait([worker.ping.remote() for worker in workers])
+            self._workers.wait([worker.ping.remote() for worker in workers])
 
     def _launch(self, name: str, index: int, node: int, num_gpus: float) -> Any:
         log = self._run_dir / "logs" / f"{name}{index}.log"
@@ -114,7 +111,7 @@ class Cluster:
         place = NodeAffinitySchedulingStrategy(self._nodes[node].id, soft=False)
         options = {"num_cpus": 0, "num_gpus": num_gpus, "max_restarts": 0, "scheduling_strategy": place}
         worker = process.options(**options).remote(str(log), self.config.profiling.trace_steps > 0)
-        self._logs[worker] = log
+        self._workers.add(worker, log)
         return worker
 
     def _enter(self, phase: Phase) -> None:
@@ -129,28 +126,46 @@ class Cluster:
 
     def _move(self, method: str, parts: frozenset[Part]) -> None:
         sides = (self._ranks, sorted(parts & ACTOR_PARTS)), (self._engines, sorted(parts & ENGINE_PARTS))
-        self._wait([getattr(worker, method).remote(mine) for workers, mine in sides if mine for worker in workers])
+        self._workers.wait(
+            [getattr(worker, method).remote(mine) for workers, mine in sides if mine for worker in workers]
+        )
 
     def generate(self, prompts: list[Prompt], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
-        """Groups in the order they finish, over all engines."""
+        """Groups in the order they finish, over all engines. What a dying engine had left goes to the others."""
         self._enter(Phase.ROLLOUT)
-        n = len(self._engines)
-        streams = [
-            engine.generate.options(num_returns="streaming").remote(prompts[i::n], group_size, sampling)
-            for i, engine in enumerate(self._engines)
-            if prompts[i::n]
-        ]
-        yield from self._drain(streams, interruptible=True)
+        left: dict[Any, list[Prompt]] = {engine: [] for engine in self._engines}
+
+        def deal(prompts: list[Prompt]) -> dict[Any, Any]:
+            n = len(self._engines)
+            shares = [(engine, prompts[i::n]) for i, engine in enumerate(self._engines) if prompts[i::n]]
+            for engine, mine in shares:
+                left[engine] += mine
+            settings = {"num_returns": "streaming"}
+            return {e.generate.options(**settings).remote(mine, group_size, sampling): e for e, mine in shares}
+
+        def deal_anew(died: WorkerDied) -> dict[Any, Any]:
+            if not set(died.workers) < set(self._engines):
+                raise died  # a rank, or the last engine
+            orphans = [prompt for engine in died.workers for prompt in left.pop(engine)]
+            self._engines = [engine for engine in self._engines if engine not in died.workers]
+            names = ", ".join(self._workers.forget(engine) for engine in died.workers)
+            self.message(f"{names} died; {len(orphans)} prompts go to the {len(self._engines)} engines left")
+            return deal(orphans)
+
+        for group in self._workers.drain(deal(prompts), stopped=self.stop_requested, replace=deal_anew):
+            owner = next(mine for mine in left.values() if any(prompt.uid == group.prompt.uid for prompt in mine))
+            owner.remove(next(prompt for prompt in owner if prompt.uid == group.prompt.uid))
+            yield group
 
     def push_weights(self, version: int) -> None:
         """Actor weights -> every engine, bucket by bucket; the engines' next samples carry `version`."""
         self._enter(Phase.PUSH)
-        self._wait([engine.begin_weights.remote(version) for engine in self._engines])
+        self._workers.wait([engine.begin_weights.remote(version) for engine in self._engines])
         if self._num_buckets:
             self._push_shared()
         else:
             self._push_gathered()
-        self._wait([engine.finish_weights.remote() for engine in self._engines])
+        self._workers.wait([engine.finish_weights.remote() for engine in self._engines])
 
     def _share_weights(self) -> int:
         """Gives ranks and engines one memory for the weights; its buckets. 0: they are not all on one host."""
@@ -158,7 +173,7 @@ class Cluster:
         wanted = self.config.rollout.transport
         if wanted == "ray":
             return 0
-        hosts = set(self._wait([worker.host.remote() for worker in workers]))
+        hosts = set(self._workers.wait([worker.host.remote() for worker in workers]))
         if len(hosts) > 1:
             if wanted == "shm":
                 raise UserError(
@@ -170,7 +185,7 @@ class Cluster:
         buckets, size = plan_buckets(shapes, dtype, self.config.rollout.bucket_mb * 2**20)
         path = shared_memory.create(size)
         try:
-            self._wait([worker.attach_weights.remote(path, buckets) for worker in workers])
+            self._workers.wait([worker.attach_weights.remote(path, buckets) for worker in workers])
         finally:
             path.unlink()
         return len(buckets)
@@ -183,29 +198,27 @@ class Cluster:
         received = []
         for index, refs in enumerate(written):
             sums: dict[str, int] = {}
-            for part in self._wait(refs):
+            for part in self._workers.wait(refs):
                 for name, value in part.items():
                     sums[name] = sums.get(name, 0) + value
             received += [engine.receive_written.remote(index, sums) for engine in self._engines]
-        self._wait(received)
+        self._workers.wait(received)
 
     def _push_gathered(self) -> None:
         size = self.config.rollout.bucket_mb * 2**20
-        streams = [
-            rank.weight_buckets.options(num_returns="streaming", _generator_backpressure_num_objects=2).remote(size)
-            for rank in self._ranks
-        ]
+        settings = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
+        streams = {rank.weight_buckets.options(**settings).remote(size): rank for rank in self._ranks}
         received: list[list[Any]] = []
-        for bucket in self._drain(streams, fetch=False):
+        for bucket in self._workers.drain(streams, fetch=False):
             received.append([engine.receive_bucket.remote(bucket) for engine in self._engines])
             if len(received) >= _BUCKETS_IN_FLIGHT:
-                self._wait(received.pop(0))
-        self._wait([ref for refs in received for ref in refs])
+                self._workers.wait(received.pop(0))
+        self._workers.wait([ref for refs in received for ref in refs])
 
     def engine_log_probs(self, tokens: list[int]) -> list[list[float]]:
         """Per engine, log-probs of tokens[1:] at temperature 1."""
         self._enter(Phase.ROLLOUT)
-        return self._wait([engine.prompt_log_probs.remote(tokens) for engine in self._engines])
+        return self._workers.wait([engine.prompt_log_probs.remote(tokens) for engine in self._engines])
 
     def log_probs(self, batches: list[list[MicroBatch]], temperature: float | None = None) -> list[list[TokenValues]]:
         """Per replica and micro-batch; `batches[dp]` are replica dp's micro-batches."""
@@ -225,18 +238,18 @@ class Cluster:
     def _reports(self, method: str, batches: list[list[MicroBatch]], **settings: Any) -> list[Any]:
         stored = [ray.put(mine) for mine in batches]
         mine = [stored[self.dims.coordinates(i).dp] for i in range(len(self._ranks))]
-        results = self._wait([r.call.remote(method, mine[i], **settings) for i, r in enumerate(self._ranks)])
+        results = self._workers.wait([r.call.remote(method, mine[i], **settings) for i, r in enumerate(self._ranks)])
         return [results[i] for i in self.dims.reporting_ranks()]
 
     def ask(self, method: str, *args: Any, ranks: list[int] | None = None) -> dict[str, Any]:
         """The answers of these ranks, or of every rank and engine, by name (rank0, engine0)."""
-        workers = list(self._logs) if ranks is None else [self._ranks[rank] for rank in ranks]
-        answers = self._wait([getattr(worker, method).remote(*args) for worker in workers])
-        return {self._logs[worker].stem: answer for worker, answer in zip(workers, answers, strict=True)}
+        workers = [*self._ranks, *self._engines] if ranks is None else [self._ranks[rank] for rank in ranks]
+        answers = self._workers.wait([getattr(worker, method).remote(*args) for worker in workers])
+        return {self._workers.name(worker): answer for worker, answer in zip(workers, answers, strict=True)}
 
     def peak_flops(self) -> float:
         """Of one actor rank's device; see parallel/device.py."""
-        return self._wait([self._ranks[0].call.remote("peak_flops")])[0]
+        return self._workers.wait([self._ranks[0].call.remote("peak_flops")])[0]
 
     def begin_save(self, directory: Path) -> None:
         """Returns when the actor may change again; its ranks' files are written in the background."""
@@ -255,71 +268,4 @@ class Cluster:
         self._on_ranks("load", directory)
 
     def _on_ranks(self, method: str, *arguments: Any) -> list[Any]:
-        return self._wait([rank.call.remote(method, *arguments) for rank in self._ranks])
-
-    def _wait(self, refs: list[Any]) -> list[Any]:
-        """Results in order; the first failure of any of them, or of any other worker, ends the wait."""
-        pending = list(refs)
-        while pending:
-            done, pending = ray.wait(pending, num_returns=1, timeout=1.0)
-            for ref in done:
-                self._get(ref)
-            self._heartbeat()
-        return [self._get(ref) for ref in refs]
-
-    def _drain(self, streams: list[Any], *, fetch: bool = True, interruptible: bool = False) -> Iterator[Any]:
-        """Items of several streaming calls as they come; references instead of values unless `fetch`."""
-        pending = list(streams)
-        while pending:
-            ready: list[Any] = ray.wait(pending, num_returns=1, timeout=1.0, fetch_local=False)[0]
-            if interruptible and self.stop_requested():
-                raise StopRequested("stopped during the rollout")
-            self._heartbeat()
-            for stream in ready:
-                try:
-                    ref = next(stream)
-                except StopIteration:
-                    pending.remove(stream)
-                    continue
-                yield self._get(ref) if fetch else ref
-
-    def _heartbeat(self) -> None:
-        if time.monotonic() - self._last_ping < _PING_INTERVAL_S:
-            return
-        self._last_ping = time.monotonic()
-        for worker in self._logs:
-            ping = self._pings.get(worker)
-            if ping is not None:
-                if not ray.wait([ping], timeout=0)[0]:
-                    continue  # busy; its own call reports its death
-                self._get(ping)
-            self._pings[worker] = worker.ping.remote()
-
-    def _get(self, ref: Any) -> Any:
-        try:
-            return ray.get(ref)
-        except RayTaskError as error:
-            if isinstance(error.cause, (UserError, RunFailure, OSError)):
-                raise error.cause from None
-            self._raise_if_dead()
-            raise RunFailure(f"{error.cause!r}", str(error)) from None
-        except RayActorError as error:
-            self._raise_if_dead()
-            raise RunFailure(f"a process of the run died: {error}") from None
-
-    def _raise_if_dead(self) -> None:
-        """Names the process that died: a peer's broken connection is often reported before the death itself."""
-        pings = {worker: worker.ping.remote() for worker in self._logs}
-        deadline = time.monotonic() + 3.0
-        for worker, ping in pings.items():
-            try:
-                ray.get(ping, timeout=max(0.0, deadline - time.monotonic()))
-            except RayActorError:
-                log = self._logs[worker]
-                raise RunFailure(f"{log.stem} died; its log is {log}", _tail(log)) from None
-            except RayError:
-                continue
-
-
-def _tail(log: Path, lines: int = 20) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.is_file() else ""
+        return self._workers.wait([rank.call.remote(method, *arguments) for rank in self._ranks])

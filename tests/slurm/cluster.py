@@ -82,7 +82,9 @@ class SlurmCluster:
 
     def stub(self, recipe: Path, *words: str, steps: int = 400, run: Path | None = None, **environment: str) -> Job:
         """Submits the stub in place of training, for so many steps."""
-        return self.submit(recipe, f"--program={STUB}", *words, run=run, STUB_STEPS=str(steps), **environment)
+        return self.submit(
+            recipe, f"--program={STUB}", *words, run=run, cwd=None, STUB_STEPS=str(steps), **environment
+        )  # fmt: skip
 
     def pid(self, name: str, program: str = "") -> int:
         """The process whose death is the node's power cut, or one of the node's programs (bash is its init)."""

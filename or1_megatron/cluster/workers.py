@@ -1,0 +1,134 @@
+"""The run's processes as Ray sees them: answers awaited with an eye on all of them, and who died when one did.
+
+Whoever waits also pings every process, so the death of an idle one is noticed within seconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayError, RayTaskError
+
+from or1_megatron.errors import RunFailure, StopRequested, UserError
+
+_PING_INTERVAL_S = 5.0
+
+
+class WorkerDied(RunFailure):
+    """`workers` are those that no longer answer."""
+
+    def __init__(self, message: str, log_tail: str, workers: list[Any]):
+        super().__init__(message, log_tail)
+        self.workers = workers
+
+
+class Workers:
+    """All processes of a run and their logs. `wait` and `drain` raise WorkerDied, or what a process raised."""
+
+    def __init__(self) -> None:
+        self._logs: dict[Any, Path] = {}
+        self._pings: dict[Any, Any] = {}
+        self._last_ping = 0.0
+
+    def add(self, worker: Any, log: Path) -> None:
+        self._logs[worker] = log
+
+    def name(self, worker: Any) -> str:
+        return self._logs[worker].stem
+
+    def forget(self, worker: Any) -> str:
+        """It is not missed any more; its name."""
+        self._pings.pop(worker, None)
+        return self._logs.pop(worker).stem
+
+    def wait(self, refs: list[Any]) -> list[Any]:
+        """Results in order; the first failure of any of them, or of any other worker, ends the wait."""
+        pending = list(refs)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=1.0)
+            for ref in done:
+                self._get(ref)
+            self._heartbeat()
+        return [self._get(ref) for ref in refs]
+
+    def drain(
+        self,
+        streams: dict[Any, Any],
+        *,
+        fetch: bool = True,
+        stopped: Callable[[], bool] | None = None,
+        replace: Callable[[WorkerDied], dict[Any, Any]] | None = None,
+    ) -> Iterator[Any]:
+        """Items of several streaming calls (stream -> its worker) as they come; references instead of values unless
+        `fetch`. `replace` gives streams in place of those whose worker died; without it, or when it raises, that ends
+        the draining. `stopped` is asked all the time and raises StopRequested.
+        """
+        pending = dict(streams)
+        while pending:
+            ready: list[Any] = ray.wait(list(pending), num_returns=1, timeout=1.0, fetch_local=False)[0]
+            if stopped and stopped():
+                raise StopRequested("stopped during the rollout")
+            try:
+                self._heartbeat()
+                for stream in ready:
+                    try:
+                        ref = next(stream)
+                    except StopIteration:
+                        del pending[stream]
+                        continue
+                    item = self._get(ref) if fetch else ref
+                    yield item
+            except WorkerDied as died:
+                if replace is None:
+                    raise
+                pending = {stream: worker for stream, worker in pending.items() if worker not in died.workers}
+                pending |= replace(died)
+
+    def _heartbeat(self) -> None:
+        if time.monotonic() - self._last_ping < _PING_INTERVAL_S:
+            return
+        self._last_ping = time.monotonic()
+        for worker in list(self._logs):
+            ping = self._pings.get(worker)
+            if ping is not None:
+                if not ray.wait([ping], timeout=0)[0]:
+                    continue  # busy; its own call reports its death
+                self._get(ping)
+            self._pings[worker] = worker.ping.remote()
+
+    def _get(self, ref: Any) -> Any:
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, (UserError, RunFailure, OSError)):
+                raise error.cause from None
+            self._raise_if_dead()
+            raise RunFailure(f"{error.cause!r}", str(error)) from None
+        except RayActorError as error:
+            self._raise_if_dead()
+            raise RunFailure(f"a process of the run died: {error}") from None
+
+    def _raise_if_dead(self) -> None:
+        """Names those that died: a peer's broken connection is often reported before the death itself."""
+        pings = {worker: worker.ping.remote() for worker in self._logs}
+        deadline = time.monotonic() + 3.0
+        dead = []
+        for worker, ping in pings.items():
+            try:
+                ray.get(ping, timeout=max(0.0, deadline - time.monotonic()))
+            except RayActorError:
+                dead.append(worker)
+            except RayError:
+                continue
+        if dead:
+            logs = [self._logs[worker] for worker in dead]
+            names = ", ".join(log.stem for log in logs)
+            raise WorkerDied(f"{names} died; the log is {logs[0]}", _tail(logs[0]), dead) from None
+
+
+def _tail(log: Path, lines: int = 20) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:]) if log.is_file() else ""

@@ -1,0 +1,47 @@
+"""An engine that dies during a rollout costs nothing but time, as long as another one is left."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from or1_megatron.cluster import Cluster
+from or1_megatron.config import Config
+from or1_megatron.errors import RunFailure
+from or1_megatron.recipe import from_tree
+from or1_megatron.rollout.engine import SamplingSpec
+from or1_megatron.types import Prompt
+from tests.tiny_models import write_tiny_model
+
+SAMPLING = SamplingSpec(temperature=1.0, top_p=1.0, max_response_length=200)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    model = write_tiny_model(tmp_path / "model", "llama", tied=True)
+    rollout = {"num_engines": 2, "context_length": 256, "kv_cache_gb": 0.1, "max_batched_tokens": 256}
+    return from_tree([("test", {"model": {"path": str(model), "dtype": "fp32"}, "rollout": rollout})])
+
+
+def test_the_others_take_over_and_the_last_ones_death_is_the_end(config: Config, tmp_path: Path) -> None:
+    texts = [f"What is {i} + 4?" for i in range(24)]
+    prompts = [Prompt(uid=text, text=text, tokens=tuple(text.encode()), ground_truth=("",)) for text in texts]
+    said: list[str] = []
+    with Cluster(config, tmp_path, with_actor=False) as cluster:
+        cluster.message = said.append
+        pids = cluster._workers.wait([engine.ping.remote() for engine in cluster._engines])
+        groups = []
+        for group in cluster.generate(prompts, 8, SAMPLING):
+            if not groups:
+                os.kill(pids[1], signal.SIGKILL)
+            groups.append(group)
+        assert sorted(group.prompt.uid for group in groups) == sorted(texts), "each prompt once"
+        assert all(len(group.samples) == 8 for group in groups)
+        (line,) = said
+        assert line.startswith("engine1 died;") and line.endswith("prompts go to the 1 engines left")
+        with pytest.raises(RunFailure, match="engine0 died"):
+            for _ in cluster.generate(prompts, 8, SAMPLING):
+                os.kill(pids[0], signal.SIGKILL)
