@@ -58,7 +58,7 @@ def gpu_peaks(config: Config, architecture: Architecture, gpu_bytes: float = GPU
     actor, engine = memory_per_rank(config, architecture), memory_per_engine(config, architecture, gpu_bytes)
     peaks = {"update": sum(actor.values()), "rollout": config.rollout.gpu_memory_utilization * gpu_bytes}
     if config.rollout.placement != "separate":
-        peaks["push"] = actor["weights"] + engine["weights"]
+        peaks["push"] = actor["weights"] + engine["weights"] + RESERVE
     return peaks
 
 

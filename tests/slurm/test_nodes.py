@@ -39,6 +39,7 @@ def test_a_node_with_7_gpus_is_left_out(recipe: Path, shared: Path) -> None:
         goes_on_without(job, "node1", "nvidia-smi shows 7 GPUs, the job has 8")
 
 
+@pytest.mark.slurm_long
 def test_a_busy_port(slurm: SlurmCluster, recipe: Path) -> None:
     job = slurm.stub(recipe, *TWO_NODES, "--sbatch=--hold")
     port = 12000 + int(job.id) % 100 * 200 + 2
@@ -61,6 +62,7 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slurm_long
 @pytest.mark.parametrize("how", ["full", "read-only"])
 def test_shared_folder_that_cannot_be_written(recipe: Path, shared: Path, small: Path, how: str) -> None:
     """Submitted while it was well. The job ends or is held, and Slurm can tell why; no Ray is started."""
