@@ -107,3 +107,25 @@ def test_input_at_fault_is_not_tried_again(slurm: SlurmCluster, recipe: Path) ->
     job = slurm.stub(recipe, *TWO_NODES, STUB_FAIL="2")
     job.await_state("FAILED", timeout_s=120)
     assert job.show("Restarts") == "0" and job.show("ExitCode") == "2:0", job.log
+
+
+def test_the_time_limit_comes_near(slurm: SlurmCluster, recipe: Path) -> None:
+    """Slurm's own USR1, a minute (and up to another one) before a limit of two."""
+    job = slurm.stub(recipe, *TWO_NODES, "--time=2", "--lead=1")
+    job.await_text("requeued")
+    assert "USR1: asking the run to save and end" in job.log and "saved step" in job.log
+    resumed(job)
+    job.cancel()
+
+
+def test_a_silent_driver_is_ended(slurm: SlurmCluster, recipe: Path) -> None:
+    job = slurm.stub(recipe, *TWO_NODES, "--stall-minutes=0.2", STUB_STEP_S="1000")
+    job.await_text("requeued")
+    assert "stalled: nothing new in" in job.log
+    job.cancel()
+
+
+def test_a_chain_ends_with_a_stage_that_fails(slurm: SlurmCluster, recipe: Path) -> None:
+    table = "stages=[{until: 2, context_length: 48}, {until: 3}]"
+    second = slurm.stub(recipe, *TWO_NODES, "--chain=stages", table, STUB_FAIL="2")
+    assert second.await_state("CANCELLED", "COMPLETED", "FAILED") == "CANCELLED", second.record()
