@@ -88,6 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     logs.add_argument("name", nargs="?", metavar="LOG", help="rank0, engine0, node1, ...; default: the driver's")
     logs.add_argument("-n", metavar="N", type=int, default=20, dest="count", help="lines; default 20")
     _add_plan(commands)
+    report = commands.add_parser(
+        "report", help="a page with plots, times and advice from one run folder, or several laid over each other"
+    )
+    report.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder")
+    report.add_argument("--out", metavar="DIR", type=Path, help="where the files go; default: the first run folder")
+    report.add_argument("--watch", action="store_true", help="serve the page on 127.0.0.1 while the run goes on")
+    report.add_argument("--port", metavar="N", type=int, default=8265, help="of --watch; default 8265, 0: any free one")
     commands.add_parser("doctor", help="check this machine, with a fix for whatever is wrong")
     return parser
 
@@ -218,6 +225,17 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from or1_megatron.report.write import report, watch
+
+    if options.watch:
+        watch(options.runs, options.port, lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True))
+        return 0
+    for file in report(options.runs, options.out):
+        print(file)
+    return 0
+
+
 def _evaluate(options: argparse.Namespace) -> int:
     if options.rescore:
         if options.words or options.benchmark:
@@ -322,6 +340,7 @@ COMMANDS = {
     "train": _train,
     "eval": _evaluate,
     "plan": _plan,
+    "report": _report,
     "verify": _verify,
     "convert": _convert,
     "export": _export,

@@ -21,7 +21,7 @@ RINGS = (
     ("cluster", "processes", "handover"),
     (
         *("train", "run", "inputs", "evaluate", "collect", "update", "runstate", "display", "runfolder", "timeline"),
-        *("doctor", "dryrun", "status", "plan", "accuracy", "responses"),
+        *("doctor", "dryrun", "status", "plan", "accuracy", "responses", "report"),
     ),
     ("convert", "compare", "verify", "scoring"),
     ("cli", "__main__"),
