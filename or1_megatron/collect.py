@@ -15,6 +15,7 @@ from or1_megatron.profiling.spans import Spans
 from or1_megatron.reward.service import RewardService, task_of
 from or1_megatron.rl.filter import is_informative, refill_size
 from or1_megatron.rollout.engine import SamplingSpec
+from or1_megatron.rollout.schedule import LengthHistory, whole_groups
 from or1_megatron.types import Group, Prompt, Sample, Verdict
 
 
@@ -53,10 +54,16 @@ def collect(
     stream: PromptMixture,
     spans: Spans,
     carried: list[Group],
+    history: LengthHistory,
 ) -> Rollout:
     """The rollout of one step, with real engines and verifiers; see `fill`."""
     size, sampling = config.rollout.group_size, training_sampling(config)
-    return fill(config, lambda prompts: score_groups(cluster, rewards, prompts, size, sampling, spans), stream, carried)
+
+    def answer(prompts: list[Prompt]) -> list[Group]:
+        dealt = history.deal(prompts, size, config.rollout.num_engines, config.rollout.schedule)
+        return score_groups(cluster, rewards, prompts, size, sampling, spans, dealt)
+
+    return fill(config, answer, stream, carried)
 
 
 class RolloutAhead:
@@ -143,15 +150,19 @@ def score_groups(
     group_size: int,
     sampling: SamplingSpec,
     spans: Spans,
+    dealt: tuple[list[list[Prompt]], int] | None = None,
 ) -> list[Group]:
     """Groups with verdicts and rewards, in the order of `prompts`: results do not depend on who finished first.
 
+    dealt: each engine's prompts and the responses that it gives to each, see rollout/schedule.py; None: in turn.
     A group with a response that could not be checked is left out. Raises RunFailure when that is too often.
     """
     scoring: list[tuple[Sample, Future[Verdict]]] = []
     groups: list[Group] = []
     with spans.span("rollout"):
-        for group in cluster.generate(prompts, group_size, sampling):
+        engines = cluster.config.rollout.num_engines
+        shares, piece = dealt or ([prompts[i::engines] for i in range(engines)], group_size)
+        for group in cluster.generate(shares, piece, sampling):
             groups.append(group)
             scoring += [(sample, rewards.submit(task_of(sample))) for sample in group.samples]
     with spans.span("reward_wait"):
@@ -160,6 +171,7 @@ def score_groups(
     for (sample, _), verdict in zip(scoring, verdicts, strict=True):
         sample.verdict = verdict.name
         sample.reward = 0.0 if verdict.failed else verdict.reward
+    groups = whole_groups(groups)
     sound = [group for group in groups if all(sample.verdict != "infrastructure_error" for sample in group.samples)]
     place = {prompt.uid: i for i, prompt in enumerate(prompts)}
     return sorted(sound, key=lambda group: place[group.prompt.uid])

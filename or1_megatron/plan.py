@@ -46,12 +46,13 @@ def plan_gpus(config: Config, gpus: list[int], hardware_name: str, assumptions: 
     hardware = _hardware(hardware_name)
     architecture, origin = _architecture(config)
     stages = _stages(config, assumptions)
+    context = max(work.context_length for work, _ in stages)
     found: list[tuple[int, Layout, dict[str, float], list[StepTime]]] = []
     lines = [f"{config.name}: {sum(steps for _, steps in stages)} steps in {len(stages)} stages, {origin}", ""]
     head = ("GPUs", "stage", "steps", "rollout", "update", "sync", "rest", "s/step", "hours", "tail")
     lines.append(f"{head[0]:>5} {head[1]:>5} {head[2]:>6} " + " ".join(f"{name:>8}" for name in head[3:]))
     for number in gpus:
-        layout, parts = best(config, architecture, stages, number, hardware, memory_per_rank, assumptions.memory_share)
+        layout, parts = best(config, architecture, context, number, hardware, memory_per_rank, assumptions.memory_share)
         times = [predict(work, costs_of(architecture, layout, hardware)) for work, _ in stages]
         found.append((number, layout, parts, times))
         for index, ((_, steps), time) in enumerate(zip(stages, times, strict=True), 1):
@@ -65,7 +66,7 @@ def plan_gpus(config: Config, gpus: list[int], hardware_name: str, assumptions: 
     for what, saved in helps(architecture, work, layout, hardware, engines)[:5]:
         lines.append(f"  {saved:7.0f} s ({saved / times[longest].total:4.0%}) of a step: {what}")
     if layout.engine_tp > 1:
-        lines += ["", "an engine of this version takes one GPU; the plan needs engines of several, see layout"]
+        lines += ["", f"an engine of this version takes one GPU, which does not hold {config.model.path} and its cache"]
     achieved = f"achieved constants of {hardware.name} fitted to the paper's system (or1 plan --paper)"
     return [*lines, "", achieved, *assumptions.lines()]
 
@@ -79,7 +80,8 @@ def plan_calibrated(config: Config, run: RunFolder, assumptions: Assumptions) ->
     lines = [calibration.describe(), *assumptions.lines(), ""]
     lines.append(f"{'stage':>5} {'steps':>6} " + " ".join(f"{name:>8}" for name in head))
     for index, (work, steps) in enumerate(_stages(config, assumptions), 1):
-        lines.append(f"{index:>5} {steps:>6} {_cells(predict(_prompts_as_one(work), costs), steps)}")
+        work = dataclasses.replace(work, prompt_tokens=calibration.prompt_tokens)
+        lines.append(f"{index:>5} {steps:>6} {_cells(predict(work, costs), steps)}")
     return lines
 
 
@@ -97,6 +99,7 @@ def calibration_of(run: RunFolder) -> Calibration:
         group_size=config.rollout.group_size,
         num_ranks=config.parallel.num_ranks,
         num_engines=config.rollout.num_engines,
+        num_reuse=config.loss.num_reuse,
     )
 
 
@@ -176,17 +179,13 @@ def _stages(config: Config, assumptions: Assumptions) -> list[tuple[Work, int]]:
             overlaps_scoring=True,
             prompt_tokens=min(128, rollout.context_length // 2),
             max_response_length=rollout.max_response_length,
+            policy=rollout.schedule,
             max_generated_factor=rollout.max_generated_factor,
         )
         if end > first:
             found.append((work, end - first))
         first = max(first, end)
     return found
-
-
-def _prompts_as_one(work: Work) -> Work:
-    """Calibrated costs count a group's start, not its prompt's tokens."""
-    return dataclasses.replace(work, context_length=work.context_length - work.prompt_tokens + 1, prompt_tokens=1)
 
 
 def _cells(time: StepTime, steps: int) -> str:

@@ -20,6 +20,7 @@ from or1_megatron.profiling.spans import Spans
 from or1_megatron.reward.service import RewardService
 from or1_megatron.rl.entropy import EntropyController
 from or1_megatron.rl.stages import Stages, solved
+from or1_megatron.rollout.schedule import LengthHistory
 from or1_megatron.runfolder import RunFolder
 from or1_megatron.runstate import Checkpoints, Found, RunState
 from or1_megatron.timeline import Timeline
@@ -51,6 +52,7 @@ class Run:
         self._stream_state = self.stream.state_dict()  # after the last rollout, not after one that is under way
         self._ahead = RolloutAhead()
         self.stages = Stages(config)
+        self.lengths = LengthHistory()
         self.controller = entropy_controller(config)
         self.updater = Updater(config, architecture, cluster, self.spans)
         self.evaluator = Evaluator(config, cluster, rewards, held_out, self.spans, folder)
@@ -96,12 +98,13 @@ class Run:
         return rollout
 
     def _collect(self, stage: Config, spans: Spans) -> Rollout:
-        return collect(stage, self.cluster, self.rewards, self.stream, spans, self.carried)
+        return collect(stage, self.cluster, self.rewards, self.stream, spans, self.carried, self.lengths)
 
     def finish(self, step: int, rollout: Rollout) -> dict[str, float]:
         """Takes note of a completed step: history, stage and the state that a checkpoint holds."""
         with self.spans.span("history"):
             self.folder.save_history(step, rollout.generated)
+            self.lengths.record(rollout.generated)
         short = shortfall(self.stages.config, rollout)
         if short:
             self.display.message(f"step {step}: {short}")
@@ -128,6 +131,8 @@ class Run:
         self._stream_state = self.stream.state_dict()
         self.controller.load_state_dict(self.state.entropy)
         self.carried = [group_from_dict(group, self.stream.prompts) for group in self.state.carried]
+        for uid, tokens, responses in self.folder.read_lengths(self.state.step):
+            self.lengths.note(uid, tokens, responses)
         self.folder.rewind(self.state.step)
         self.folder.save_config(self.config)
         self.display.message(f"resumed after step {self.state.step}")

@@ -11,7 +11,7 @@
     slurm/           what slurm/submit.py laid there before the run, and the logs of its jobs
     rollouts/        step-000001.parquet: every response of the step
     evaluations/     step-000001-T1.parquet: every response to the held-out problems; when there are any
-    history/         step-000001.parquet: responses and correct ones per group of the step, before rejection
+    history/         step-000001.parquet: responses, correct ones, tokens per group of the step, before rejection
 
 A file is written under a temporary name, synced and renamed, so no reader ever finds half of one. Only
 metrics.jsonl grows in place; `rewind` drops the torn last line that a crash may leave there.
@@ -27,6 +27,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -179,6 +180,7 @@ class RunFolder:
             "responses": [len(group.samples) for group in groups],
             "correct": [sum(sample.verdict == "correct" for sample in group.samples) for group in groups],
             "truncated": [sum(group.truncated) for group in groups],
+            "tokens": [sum(len(sample.tokens) for sample in group.samples) for group in groups],
         }
         with published(self.history / f"step-{step:06d}.parquet") as temporary:
             pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
@@ -195,6 +197,16 @@ class RunFolder:
             table = pyarrow.parquet.read_table(path, columns=["uid", "responses", "correct"])
             rows += list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
         return rows
+
+    def read_lengths(self, last: int) -> Iterator[tuple[str, int, int]]:
+        """(uid, tokens of all responses, responses) of the groups of the steps up to `last`, in order, as far as the
+        history is there: it serves speed, not correctness."""
+        import pyarrow.parquet
+
+        for path in sorted(self.history.glob("step-*.parquet")):
+            table = pyarrow.parquet.read_table(path)
+            if int(path.stem.removeprefix("step-")) <= last and "tokens" in table.column_names:
+                yield from zip(*(table[name].to_pylist() for name in ("uid", "tokens", "responses")), strict=True)
 
     def close(self) -> None:
         if self._tensorboard:

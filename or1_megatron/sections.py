@@ -85,6 +85,12 @@ class RolloutConfig:
     )
     num_engines: int = key(1, "vLLM engines")
     engine_tp: int = key(1, "tensor-parallel degree of one engine: GPUs, or CPU processes, that share its model")
+    schedule: str = key(
+        "longest_first",
+        "how prompts are dealt to the engines: round_robin; pending_tokens (each to the engine with the fewest tokens "
+        "to expect, by how long the responses to a prompt were before); longest_first (so, the longest first)",
+        ("round_robin", "pending_tokens", "longest_first"),
+    )
     engine_dtype: str = key("auto", "engine compute type; auto is the actor's", ("auto", "fp32", "bf16"))
     kv_cache_gb: float = key(1.0, "KV cache of one engine on a machine without a GPU, GiB")
     gpu_memory_utilization: float = key(0.5, "share of the GPU's memory one engine may take")

@@ -130,31 +130,34 @@ class Cluster:
             [getattr(worker, method).remote(mine) for workers, mine in sides if mine for worker in workers]
         )
 
-    def generate(self, prompts: list[Prompt], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
-        """Groups in the order they finish, over all engines. What a dying engine had left goes to the others."""
+    def generate(self, shares: list[list[Prompt]], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
+        """Groups in the order they finish; `shares` are each engine's prompts. Those of an engine that has died or dies
+        now go to the others."""
         self._enter(Phase.ROLLOUT)
         left: dict[Any, list[Prompt]] = {engine: [] for engine in self._engines}
 
-        def deal(prompts: list[Prompt]) -> dict[Any, Any]:
-            n = len(self._engines)
-            shares = [(engine, prompts[i::n]) for i, engine in enumerate(self._engines) if prompts[i::n]]
-            for engine, mine in shares:
-                left[engine] += mine
-            settings = {"num_returns": "streaming"}
-            return {e.generate.options(**settings).remote(mine, group_size, sampling): e for e, mine in shares}
+        def ask(shares: list[list[Prompt]]) -> dict[Any, Any]:
+            streams = {}
+            for i, mine in enumerate(shares):
+                if mine:
+                    engine = self._engines[i % len(self._engines)]
+                    left[engine] += mine
+                    stream = engine.generate.options(num_returns="streaming").remote(mine, group_size, sampling)
+                    streams[stream] = engine
+            return streams
 
-        def deal_anew(died: WorkerDied) -> dict[Any, Any]:
+        def ask_others(died: WorkerDied) -> dict[Any, Any]:
             if not set(died.workers) < set(self._engines):
                 raise died  # a rank, or the last engine
             orphans = [prompt for engine in died.workers for prompt in left.pop(engine)]
             self._engines = [engine for engine in self._engines if engine not in died.workers]
-            names = ", ".join(self._workers.forget(engine) for engine in died.workers)
-            self.message(f"{names} died; {len(orphans)} prompts go to the {len(self._engines)} engines left")
-            return deal(orphans)
+            names, n = ", ".join(self._workers.forget(engine) for engine in died.workers), len(self._engines)
+            self.message(f"{names} died; {len(orphans)} prompts go to the {n} engines left")
+            return ask([orphans[i::n] for i in range(n)])
 
-        for group in self._workers.drain(deal(prompts), stopped=self.stop_requested, replace=deal_anew):
-            owner = next(mine for mine in left.values() if any(prompt.uid == group.prompt.uid for prompt in mine))
-            owner.remove(next(prompt for prompt in owner if prompt.uid == group.prompt.uid))
+        for engine, group in self._workers.drain(ask(shares), stopped=self.stop_requested, replace=ask_others):
+            uids = [prompt.uid for prompt in left[engine]]
+            del left[engine][uids.index(group.prompt.uid)]
             yield group
 
     def push_weights(self, version: int) -> None:
@@ -209,7 +212,7 @@ class Cluster:
         settings = {"num_returns": "streaming", "_generator_backpressure_num_objects": 2}
         streams = {rank.weight_buckets.options(**settings).remote(size): rank for rank in self._ranks}
         received: list[list[Any]] = []
-        for bucket in self._workers.drain(streams, fetch=False):
+        for _, bucket in self._workers.drain(streams, fetch=False):
             received.append([engine.receive_bucket.remote(bucket) for engine in self._engines])
             if len(received) >= _BUCKETS_IN_FLIGHT:
                 self._workers.wait(received.pop(0))

@@ -62,10 +62,10 @@ class Workers:
         fetch: bool = True,
         stopped: Callable[[], bool] | None = None,
         replace: Callable[[WorkerDied], dict[Any, Any]] | None = None,
-    ) -> Iterator[Any]:
-        """Items of several streaming calls (stream -> its worker) as they come; references instead of values unless
-        `fetch`. `replace` gives streams in place of those whose worker died; without it, or when it raises, that ends
-        the draining. `stopped` is asked all the time and raises StopRequested.
+    ) -> Iterator[tuple[Any, Any]]:
+        """(worker, item) of several streaming calls (stream -> its worker) as they come; references instead of values
+        unless `fetch`. `replace` gives streams in place of those whose worker died; without it, or when it raises, that
+        ends the draining. `stopped` is asked all the time and raises StopRequested.
         """
         pending = dict(streams)
         while pending:
@@ -80,8 +80,7 @@ class Workers:
                     except StopIteration:
                         del pending[stream]
                         continue
-                    item = self._get(ref) if fetch else ref
-                    yield item
+                    yield pending[stream], self._get(ref) if fetch else ref
             except WorkerDied as died:
                 if replace is None:
                     raise

@@ -1,9 +1,11 @@
 """What a run's spans say about its machine, so that the planner predicts that machine instead of a data sheet's.
 
-Decoding: between two changes of an engine's counter b responses ran for n rounds; least squares, no cost below zero, on
+Decoding: between two changes of an engine's counter b responses ran for n rounds. Where b is at most half of what the
+rollout began with, all of them have been started, and by least squares with no cost below zero
 
-    seconds = n * fixed + n * b * per_response + groups started * start
+    seconds = n * fixed + n * b * per_response
 
+What a rollout takes beyond its rounds and tokens at these costs is put down to the starts of its responses.
 Update: seconds of a step = FLOPs / rate + optimizer steps * constant. Weight push and the rest: means.
 """
 
@@ -26,11 +28,11 @@ from or1_megatron.profiling.planner import Costs
 
 @dataclass(frozen=True)
 class Interval:
-    """`running` responses went through `rounds` decoding rounds; `started`: responses that began with it."""
+    """`running` responses went through `rounds` decoding rounds of a rollout that began with `at_first` of them."""
 
     rounds: int
     running: int
-    started: int
+    at_first: int
     seconds: float
 
 
@@ -43,9 +45,11 @@ def intervals(trace: dict[str, Any]) -> list[Interval]:
             by_engine.setdefault(event["pid"], []).append(place)
     found = []
     for counts in by_engine.values():
+        at_first = 0
         for (at, running, rounds), (later, _, then) in itertools.pairwise(counts):
+            at_first = running if rounds == 0 else at_first
             if running and then > rounds:
-                found.append(Interval(then - rounds, running, running if rounds == 0 else 0, (later - at) * 1e-6))
+                found.append(Interval(then - rounds, running, at_first, (later - at) * 1e-6))
     return found
 
 
@@ -64,6 +68,17 @@ def non_negative(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
     return best
 
 
+def relative(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`non_negative` for errors that grow with the value: each row is weighed by what is expected of it, so that the
+    few rounds of a small batch tell the constant, and the mean of measured over expected is 1."""
+    scale = rows.max(axis=0)
+    found = non_negative(rows / scale, values)
+    for _ in range(10):
+        weights = 1 / np.maximum(rows / scale @ found, 1e-3 * values.mean())
+        found = non_negative(rows / scale * weights[:, None], values * weights)
+    return found / scale
+
+
 @dataclass(frozen=True)
 class Calibration:
     """A machine as one run of it shows it: its ranks and engines, and what they took."""
@@ -72,18 +87,19 @@ class Calibration:
     num_engines: int
     fixed: float
     per_response: float
-    start: float  # per group
+    start: float  # per response
     flops_rate: float  # of all ranks
     optimizer_step_s: float
     sync_s: float
     rest_s: float
+    prompt_tokens: int
     num_steps: int
 
     def costs(self, architecture: Architecture, num_ranks: int, num_engines: int) -> Costs:
         """With more or fewer ranks and engines of the same kind."""
         rate = self.flops_rate * num_ranks / self.num_ranks
         return Costs(
-            decode=DecodeModel(self.fixed, self.per_response, 0.0, 0.0, 0.0, prefill=self.start),
+            decode=DecodeModel(self.fixed, self.per_response, 0.0, 0.0, 0.0, 0.0, start=self.start),
             num_engines=num_engines,
             update=lambda lengths, steps: training_flops(architecture, lengths) / rate + steps * self.optimizer_step_s,
             old_log_probs=lambda lengths: forward_flops(architecture, lengths) / rate,
@@ -96,8 +112,8 @@ class Calibration:
         machine = f"{self.num_steps} steps of {self.num_ranks} ranks and {self.num_engines} engines"
         milliseconds = [f"{1e3 * seconds:.3g} ms" for seconds in (self.fixed, self.per_response, self.start)]
         return (
-            f"calibrated on {machine}: a round of decoding {milliseconds[0]} + {milliseconds[1]} per response, a "
-            f"group's start {milliseconds[2]}; training {self.flops_rate / 1e9:.3g} GFLOP/s + "
+            f"calibrated on {machine}: a round of decoding {milliseconds[0]} + {milliseconds[1]} per response, "
+            f"its start {milliseconds[2]}; training {self.flops_rate / 1e9:.3g} GFLOP/s + "
             f"{self.optimizer_step_s:.3g} s per optimizer step; push {self.sync_s:.3g} s, the rest {self.rest_s:.3g} s"
         )
 
@@ -109,21 +125,27 @@ def calibrate(
     group_size: int,
     num_ranks: int,
     num_engines: int,
+    num_reuse: int = 1,
 ) -> Calibration:
     """From a run's trace and its steps' metrics. Raises UserError when they say too little."""
-    measured = intervals(trace)
-    steps = [row for row in metrics if "seconds/step" in row]
+    measured = [part for part in intervals(trace) if part.running <= part.at_first / 2]
+    steps = [row for row in metrics if "seconds/step" in row][1:]  # the first one warms up
     updates = [row for row in steps if row.get("training_flops")]
     if len(measured) < 3 or len(updates) < 2:
         raise UserError(
             f"the run has {len(measured)} decoding intervals and {len(updates)} updates recorded, too few to calibrate "
             "on; let it run for more steps with profiling.trace_steps above 0"
         )
-    rows = np.array([[i.rounds, i.rounds * i.running, i.started / group_size] for i in measured])
-    fixed, per_response, start = non_negative(rows, np.array([i.seconds for i in measured]))
+    rows = np.array([[i.rounds, i.rounds * i.running] for i in measured])
+    fixed, per_response = relative(rows, np.array([i.seconds for i in measured]))
+    starts = []
+    for row in steps:
+        responses = row["groups/generated"] * group_size
+        decoding = row["length/max"] * fixed + responses * row["length/mean"] / num_engines * per_response
+        starts.append((row["seconds/rollout"] - decoding) / (responses / num_engines))
     rows = np.array([[row["training_flops"], row["sgd_steps"]] for row in updates])
-    scale = rows.max(axis=0)
-    per_flop, per_step = non_negative(rows / scale, np.array([row["seconds/update"] for row in updates])) / scale
+    per_flop, per_step = relative(rows, np.array([row["seconds/update"] for row in updates]))
+    prompts = [row["tokens"] / (row["groups/kept"] * group_size * num_reuse) - row["length/mean"] for row in updates]
     counted = ("sync", "old_log_probs", "save")
     rest = [row["seconds/others"] - sum(row.get(f"seconds/{name}", 0.0) for name in counted) for row in steps]
     return Calibration(
@@ -131,11 +153,12 @@ def calibrate(
         num_engines=num_engines,
         fixed=float(fixed),
         per_response=float(per_response),
-        start=float(start),
+        start=max(0.0, float(statistics.fmean(starts))),
         flops_rate=float(1 / per_flop) if per_flop > 0 else float("inf"),
         optimizer_step_s=float(per_step),
         sync_s=statistics.median(row["seconds/sync"] for row in steps),
         rest_s=statistics.median(rest),
+        prompt_tokens=max(1, round(statistics.median(prompts))),
         num_steps=len(steps),
     )
 

@@ -34,6 +34,7 @@ class DecodeModel:
     weights: float  # reading them
     products: float  # matrix products of one response
     prefill: float  # of one prompt token
+    start: float = 0.0  # of one response
     cache_tokens: float = math.inf
     most_running: float = math.inf
 
@@ -88,7 +89,7 @@ def simulate_engine(groups: list[list[int]], prompt_tokens: int, model: DecodeMo
             if ends and cached + prompt + done + len(ends) + 1 > model.cache_tokens:
                 break
             waiting.popleft()
-            now += model.prefill * (prompt + done)
+            now += model.start + model.prefill * (prompt + done)
             cached += prompt + done
             heapq.heappush(running, (at + length - done, started, prompt))
             ends[started] = (at + length - done, length, prompt)
@@ -147,6 +148,13 @@ def assign(
     return shares
 
 
+def piece_size(num_groups: int, group_size: int, num_engines: int) -> int:
+    """Responses of one prompt that go to an engine together: the whole group where there are four groups for each
+    engine, else a divisor of it that makes so many pieces. With fewer an engine cannot be given its fair share."""
+    divisors = [size for size in range(1, group_size + 1) if group_size % size == 0]
+    return max((size for size in divisors if num_groups * group_size // size >= 4 * num_engines), default=1)
+
+
 @dataclass(frozen=True)
 class RolloutTime:
     """Of a whole batch."""
@@ -167,11 +175,19 @@ def simulate_rollout(
     policy: str = "round_robin",
     expected: list[float] | None = None,
 ) -> RolloutTime:
-    """`groups`: response lengths per prompt. Groups stay whole, but `scattered` deals single responses: first one of
-    each prompt, then the next, so that an engine gets different prompts."""
+    """`groups`: response lengths per prompt, all of one size; `expected`: tokens of each.
+
+    round_robin keeps groups whole; pending_tokens and longest_first cut them to `piece_size`; scattered deals single
+    responses, first one of each prompt, then the next, so that an engine gets different prompts.
+    """
     pieces = groups
     if policy == "scattered":
         pieces = [[group[i]] for i in range(max(map(len, groups))) for group in groups if i < len(group)]
+    elif policy != "round_robin":
+        size = piece_size(len(groups), len(groups[0]), num_engines)
+        pieces = [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+        if expected is not None:
+            expected = [tokens for tokens in expected for _ in range(len(groups[0]) // size)]
     shares = assign(pieces, num_engines, policy, expected)
     runs = [simulate_engine([pieces[i] for i in share], prompt_tokens, model) for share in shares if share]
     slowest = max(runs, key=lambda run: run.seconds)

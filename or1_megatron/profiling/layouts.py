@@ -58,17 +58,17 @@ def engine_degrees(architecture: Architecture, hardware: Hardware, memory_share:
 def best(
     config: Config,
     architecture: Architecture,
-    stages: list[tuple[Work, int]],
+    context: int,
     num_devices: int,
     hardware: Hardware,
     memory: MemoryModel,
     memory_share: float,
 ) -> tuple[Layout, dict[str, float]]:
-    """The layout with the fewest seconds over all stages, given (work, steps) of each; bytes per rank by part.
+    """The actor's layout with the fastest update and engines of as few devices as hold model and context; bytes per
+    rank by part.
 
     Raises UserError when none is legal.
     """
-    context = max(work.context_length for work, _ in stages)
     possible = list(legal(config, architecture, num_devices, hardware, memory))
     engines = [tp for tp in engine_degrees(architecture, hardware, memory_share, context) if num_devices % tp == 0]
     if not possible or not engines:
@@ -82,13 +82,7 @@ def best(
     fastest = min(seconds for seconds, *_ in timed)
     close = [(layout, parts) for seconds, layout, parts in timed if seconds <= SLACK * fastest]
     actor, parts = max(close, key=lambda pair: (pair[0].dp, -pair[0].pp))
-    layouts = [dataclasses.replace(actor, engine_tp=tp, memory_share=memory_share) for tp in engines]
-
-    def seconds(layout: Layout) -> float:
-        costs = costs_of(architecture, layout, hardware)
-        return sum(steps * predict(work, costs, draws=1).rollout for work, steps in stages)
-
-    return min(layouts, key=seconds), parts
+    return dataclasses.replace(actor, engine_tp=engines[0], memory_share=memory_share), parts
 
 
 def helps(
@@ -102,7 +96,7 @@ def helps(
         changes.append((what, dataclasses.replace(work, **values), place, device))  # type: ignore[arg-type]
 
     if work.policy != "longest_first":
-        change("prompts dealt longest first, by their history", policy="longest_first")
+        change("rollout.schedule=longest_first", policy="longest_first")
     if work.max_generated_factor > 1:
         change("rollout.max_generated_factor=1: no refills, fewer groups in the update", max_generated_factor=1.0)
     if work.recomputes_old_log_probs and work.num_sgd_steps == 1:

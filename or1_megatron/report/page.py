@@ -88,8 +88,9 @@ def _head(runs: Sequence[RunData]) -> str:
     last, rollout = run.steps[-1], config.rollout
     parallel = config.parallel
     layout = f"tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, dp {config.dp}"
+    engines = f"{rollout.num_engines} engine{'s' if rollout.num_engines > 1 else ''}"
     told = (
-        f"{config.model.path}; {parallel.num_ranks} ranks ({layout}), {rollout.num_engines} engine{'s' * (rollout.num_engines > 1)}; "
+        f"{config.model.path}; {parallel.num_ranks} ranks ({layout}), {engines}; "
         f"D_R {rollout.rollout_batch_size}, gs {rollout.group_size}, T {rollout.context_length}"
     )
     found = [

@@ -34,7 +34,7 @@ def test_the_others_take_over_and_the_last_ones_death_is_the_end(config: Config,
         cluster.message = said.append
         pids = cluster._workers.wait([engine.ping.remote() for engine in cluster._engines])
         groups = []
-        for group in cluster.generate(prompts, 8, SAMPLING):
+        for group in cluster.generate([prompts[::2], prompts[1::2]], 8, SAMPLING):
             if not groups:
                 os.kill(pids[1], signal.SIGKILL)
             groups.append(group)
@@ -43,5 +43,5 @@ def test_the_others_take_over_and_the_last_ones_death_is_the_end(config: Config,
         (line,) = said
         assert line.startswith("engine1 died;") and line.endswith("prompts go to the 1 engines left")
         with pytest.raises(RunFailure, match="engine0 died"):
-            for _ in cluster.generate(prompts, 8, SAMPLING):
+            for _ in cluster.generate([prompts[::2], prompts[1::2]], 8, SAMPLING):
                 os.kill(pids[0], signal.SIGKILL)

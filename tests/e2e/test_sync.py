@@ -42,7 +42,8 @@ def greedy(cluster: Cluster) -> dict[str, tuple[list[int], str, list[float]]]:
     prompts = [
         Prompt(uid=text, text=text, tokens=tuple(text.encode()), ground_truth=("",), data_source="t") for text in TEXTS
     ]
-    groups = cluster.generate(prompts, 1, GREEDY)
+    engines = cluster.config.rollout.num_engines
+    groups = cluster.generate([prompts[i::engines] for i in range(engines)], 1, GREEDY)
     return {g.prompt.uid: (g.samples[0].tokens, g.samples[0].text, g.samples[0].log_probs) for g in groups}
 
 

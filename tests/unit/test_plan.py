@@ -48,8 +48,8 @@ def write_run(root: Path) -> Path:
     events, at = [], 0.0
     for step in range(1, 5):
         lengths = [3 + step, 5 + 2 * step, 9, 12, 12, 20, 20, 31]
-        counts, rounds = [(at, len(lengths), 0)], 0
-        at += START * 4
+        counts, rounds, began = [(at, len(lengths), 0)], 0, at
+        at += START * len(lengths)
         for length in sorted(set(lengths)):
             running = sum(other >= length for other in lengths)
             at += (length - rounds) * (FIXED + PER_RESPONSE * running)
@@ -59,12 +59,15 @@ def write_run(root: Path) -> Path:
             {"ph": "C", "name": "responses", "pid": 1, "ts": at * 1e6, "args": {"responses": n, "rounds": r}}
             for at, n, r in counts
         ]
+        rollout = at - began
         at += 1
         flops = 1e9 * step
         run.log_metrics(step, {
-            "seconds/step": 9.0, "seconds/rollout": 4.0, "seconds/others": 0.9, "seconds/sync": 0.5, "sgd_steps": 1,
+            "seconds/step": 9.0, "seconds/rollout": rollout, "length/max": 31,
+            "seconds/others": 0.9, "seconds/sync": 0.5, "sgd_steps": 1,
             "seconds/update": flops / RATE + OPTIMIZER, "training_flops": flops, "groups/generated": 4,
-            "groups/kept": 3,
+            "groups/kept": 3, "tokens": 6 * (10 + sum(lengths) / 8),
+            "length/mean": sum(lengths) / 8,
         })  # fmt: skip
         prompts = [Prompt(f"p{i}", "", (1,), ("1",)) for i in range(4)]
         run.save_rollouts(step, [
@@ -82,12 +85,13 @@ def test_calibration_finds_the_machine(tmp_path: Path, capsys: pytest.CaptureFix
     found = calibrate(trace, run.read_metrics(), group_size=2, num_ranks=1, num_engines=1)
     assert (found.fixed, found.per_response, found.start) == pytest.approx((FIXED, PER_RESPONSE, START), rel=1e-6)
     assert (found.flops_rate, found.optimizer_step_s) == pytest.approx((RATE, OPTIMIZER), rel=1e-6)
+    assert found.prompt_tokens == 10 and found.num_steps == 3
     assert (found.sync_s, found.rest_s) == pytest.approx((0.5, 0.4))
     words = ["plan", str(tmp_path / "recipe.yaml"), "--calibrate", str(run.path), "steps=10"]
     assert cli.main(words) == 0
     first, assumed, *_, row = capsys.readouterr().out.splitlines()
     assert "20 ms + 4 ms per response" in first and "75% of the groups kept" in assumed
-    assert float(row.split()[2]) == pytest.approx(31 * FIXED + 8 * 15 * PER_RESPONSE + 4 * START, rel=0.4)
+    assert float(row.split()[2]) == pytest.approx(31 * FIXED + 8 * 15 * PER_RESPONSE + 8 * START, rel=0.2)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,14 @@ from collections import deque
 
 import pytest
 
-from or1_megatron.profiling.decoding import DecodeModel, assign, simulate_engine, simulate_rollout, tail_start
+from or1_megatron.profiling.decoding import (
+    DecodeModel,
+    assign,
+    piece_size,
+    simulate_engine,
+    simulate_rollout,
+    tail_start,
+)
 
 MODEL = DecodeModel(0.01, 0.001, 1e-5, 0.002, 0.0001, prefill=1e-4)
 
@@ -63,6 +70,17 @@ def test_dealing_by_length_shortens_an_uneven_batch():
         return simulate_rollout(groups, 4, MODEL, prompt_tokens=8, policy=policy, expected=expected).seconds
 
     assert seconds("longest_first") < 0.9 * seconds("round_robin")
+
+
+def test_pieces_are_whole_groups_where_there_are_enough():
+    assert piece_size(64, 16, 16) == 16 and piece_size(63, 16, 16) == 8
+    assert piece_size(160, 32, 256) == 4 and piece_size(2, 4, 100) == 1
+    groups = [[100] * 8 for _ in range(4)]  # of four engines eight can share the work only in pieces
+    whole, pieces = (
+        simulate_rollout(groups, 8, MODEL, prompt_tokens=8, policy=policy).mean_seconds
+        for policy in ("round_robin", "longest_first")
+    )
+    assert pieces > whole  # all engines decode
 
 
 def test_tail_begins_when_five_percent_are_left():

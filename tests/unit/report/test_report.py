@@ -8,6 +8,7 @@ import shutil
 import threading
 import urllib.request
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -152,7 +153,8 @@ def test_in_a_browser(tmp_path: Path):
     pages = {"one": report([one], tmp_path / "a")[0], "two": report([one, other], tmp_path / "b")[0]}
     with sync_playwright() as player:
         browser = player.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for width, scheme in ((1280, "light"), (390, "dark")):
+        schemes: tuple[tuple[int, Literal["light", "dark"]], ...] = ((1280, "light"), (390, "dark"))
+        for width, scheme in schemes:
             context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
             for which, file in pages.items():
                 tab, said = context.new_page(), []

@@ -1,0 +1,61 @@
+"""Which engine gets which prompt, from how long the responses to it were before. Changes no distribution: on-policy.
+
+A rollout ends when its last response does. Prompts whose responses were long go first, each to the engine with the
+fewest expected tokens, so that engines end together; an unknown prompt counts as the mean of the known ones. Where
+there are few groups for each engine, a group is dealt in pieces, and put together again by `whole_groups`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from or1_megatron.profiling.decoding import assign, piece_size
+from or1_megatron.types import Group, Prompt
+
+
+class LengthHistory:
+    """Mean response length of each prompt when it was last rolled out, tokens."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, float] = {}
+
+    def record(self, groups: Iterable[Group]) -> None:
+        """Groups of a step that has ended, dropped or not."""
+        for group in groups:
+            self.note(group.prompt.uid, sum(len(sample.tokens) for sample in group.samples), len(group.samples))
+
+    def note(self, uid: str, tokens: int, responses: int) -> None:
+        self._means[uid] = tokens / responses
+
+    def expected(self, prompts: Sequence[Prompt]) -> list[float]:
+        """Mean response length to expect of each, tokens."""
+        known = sum(self._means.values()) / len(self._means) if self._means else 1.0
+        return [self._means.get(prompt.uid, known) for prompt in prompts]
+
+    def deal(
+        self, prompts: Sequence[Prompt], group_size: int, num_engines: int, policy: str
+    ) -> tuple[list[list[Prompt]], int]:
+        """Each engine's prompts in the order in which it starts them, and how many responses it gives to each.
+
+        With fewer than group_size of them a prompt stands there several times. Policies: see profiling/decoding.py.
+        """
+        size = group_size if policy == "round_robin" else piece_size(len(prompts), group_size, num_engines)
+        pieces = [prompt for prompt in prompts for _ in range(group_size // size)]
+        shares = assign([[1]] * len(pieces), num_engines, policy, self.expected(pieces))
+        return [[pieces[i] for i in share] for share in shares], size
+
+
+def whole_groups(pieces: Iterable[Group]) -> list[Group]:
+    """One group per prompt from its pieces, which may come in any order: responses are sorted, so that the result does
+    not depend on who finished first."""
+    found: dict[str, list[Group]] = {}
+    for piece in pieces:
+        found.setdefault(piece.prompt.uid, []).append(piece)
+    return [parts[0] if len(parts) == 1 else _joined(parts) for parts in found.values()]
+
+
+def _joined(parts: list[Group]) -> Group:
+    samples = sorted((sample for part in parts for sample in part.samples), key=lambda sample: sample.tokens)
+    for index, sample in enumerate(samples):
+        sample.index = index
+    return Group(parts[0].prompt, samples)
