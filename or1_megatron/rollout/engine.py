@@ -257,7 +257,7 @@ def _start_vllm(spec: EngineSpec) -> Any:
 
     return LLM(
         model=spec.model_path,
-        dtype=str(_DTYPES[spec.dtype]).removeprefix("torch."),
+        dtype="bfloat16" if spec.dtype == "bf16" else "float32",
         tensor_parallel_size=spec.tensor_parallel,
         max_model_len=spec.context_length,
         max_num_batched_tokens=spec.max_batched_tokens,
