@@ -24,7 +24,7 @@ RINGS = (
         *("doctor", "dryrun", "status", "plan", "accuracy", "responses", "report"),
     ),
     ("convert", "compare", "verify", "scoring"),
-    ("cli", "__main__"),
+    ("cli", "arguments", "commands", "__main__"),
 )
 STRANGERS = frozenset(RINGS[2])  # meet only in outer rings: an actor that knows its engine cannot be placed elsewhere
 

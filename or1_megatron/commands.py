@@ -1,0 +1,173 @@
+"""What each subcommand of `or1` calls. Libraries are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from or1_megatron.errors import UserError
+
+
+def _train(options: argparse.Namespace) -> int:
+    from or1_megatron.recipe import load
+
+    if options.resume is None:
+        config = load(*_recipe_and_overrides(options.words, "train"))
+    else:
+        _check_overrides_only(options.words)
+        from or1_megatron.runfolder import RunFolder
+
+        config = load(RunFolder.open(options.resume).path / "config.yaml", options.words)
+    if options.dry_run:
+        from or1_megatron.dryrun import plan_lines
+
+        print("\n".join(plan_lines(config)))
+        return 0
+    from or1_megatron.train import train
+
+    return train(config, resume=options.resume)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from or1_megatron import plan
+    from or1_megatron.recipe import load
+    from or1_megatron.runfolder import RunFolder
+
+    if options.paper:
+        print("\n".join(plan.plan_paper()))
+        return 0
+    config = load(*_recipe_and_overrides(options.words, "plan"))
+    run = RunFolder.open(options.calibrate) if options.calibrate else None
+    assumptions = plan.assumptions(options.lengths, options.kept, run)
+    if run:
+        lines = plan.plan_calibrated(config, run, assumptions)
+    else:
+        gpus = plan.parse_gpus(options.gpus) if options.gpus else [config.parallel.num_ranks]
+        lines = plan.plan_gpus(config, gpus, options.hardware, assumptions)
+    print("\n".join(lines))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from or1_megatron.report.write import report, watch
+
+    if options.watch:
+        watch(options.runs, options.port, lambda address: print(f"{address}  (Ctrl-C ends it)", flush=True))
+        return 0
+    for file in report(options.runs, options.out):
+        print(file)
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    if options.rescore:
+        if options.words or options.benchmark:
+            raise UserError("--rescore takes the responses of one file; drop the other words")
+        from or1_megatron.scoring import rescore
+        from or1_megatron.sections import RewardConfig
+
+        rescore(options.rescore, RewardConfig(), options.out)
+        return 0
+    target, overrides = _recipe_and_overrides(options.words, "eval")
+    if options.n is not None:
+        overrides = [*overrides, f"evaluation.num_samples={options.n}"]
+    from or1_megatron.scoring import evaluate
+
+    evaluate(
+        Path(target),
+        options.benchmark,
+        problems=options.problems,
+        limit=options.limit,
+        out=options.out,
+        overrides=overrides,
+    )
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from or1_megatron.doctor import doctor
+
+    return doctor()
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from or1_megatron.reward.isolation import LEVELS
+    from or1_megatron.sections import RewardConfig
+    from or1_megatron.verify import compare, verify
+
+    if options.workers < 1:
+        raise UserError(f"--workers {options.workers}: use 1 or more")
+    if options.require_isolation not in LEVELS:
+        raise UserError(f"--require-isolation {options.require_isolation}: use one of {', '.join(LEVELS)}")
+    config = RewardConfig(num_workers=options.workers, require_isolation=options.require_isolation)
+    if options.compare:
+        compare(options.file, config, options.peers, options.install, options.plot)
+    else:
+        verify(options.file, config, options.out)
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    if options.way == "verify":
+        from or1_megatron.compare import PROMPT, verify
+
+        verify(options.a, options.b, prompt=options.prompt or PROMPT, logits=not options.no_logits)
+        return 0
+    from or1_megatron.convert import hf_to_megatron, megatron_to_hf
+
+    if options.way == "to-megatron":
+        hf_to_megatron(options.hf, options.out)
+    else:
+        source = options.hf_config or options.megatron
+        megatron_to_hf(
+            options.megatron, source, options.out, dtype=options.dtype, max_shard_size=options.max_shard_size
+        )
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from or1_megatron.convert import export
+
+    export(options.run, options.step, options.out, dtype=options.dtype)
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from or1_megatron.status import find_run, status_lines
+
+    print("\n".join(status_lines(find_run(options.target))))
+    return 0
+
+
+def _logs(options: argparse.Namespace) -> int:
+    from or1_megatron.status import find_run, log_lines
+
+    print("\n".join(log_lines(find_run(options.target), options.name, options.count)))
+    return 0
+
+
+def _recipe_and_overrides(words: list[str], command: str) -> tuple[str, list[str]]:
+    if not words or ("=" in words[0] and not Path(words[0]).exists()):
+        what = "MODEL, RUN or RECIPE" if command == "eval" else "RECIPE"
+        raise UserError(f"or1 {command} needs {what} first, then key=value ...; recipes are in launch/recipes/")
+    return words[0], words[1:]
+
+
+def _check_overrides_only(words: list[str]) -> None:
+    for word in words:
+        if "=" not in word:
+            raise UserError(f"--resume takes the configuration from the run folder; drop {word!r} or make it key=value")
+
+
+COMMANDS = {
+    "train": _train,
+    "eval": _evaluate,
+    "plan": _plan,
+    "report": _report,
+    "verify": _verify,
+    "convert": _convert,
+    "export": _export,
+    "status": _status,
+    "logs": _logs,
+    "doctor": _doctor,
+}
