@@ -47,6 +47,8 @@ def evaluate(
 
     problems: folder of the named benchmarks; None is OR1_PROBLEMS. limit: only the first so many problems of each.
     """
+    if limit < 0:
+        raise UserError(f"--limit {limit}: use 1 or more, or leave it out for all problems")
     with configuration(target, overrides or []) as config:
         sets = _problem_sets(config, benchmarks, problems, limit)
         out = out or Path(config.runs_dir) / f"eval-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.parquet"

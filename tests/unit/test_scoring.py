@@ -32,6 +32,8 @@ def test_a_bare_model_has_all_of_its_positions(model: Path):
 def test_what_is_refused_at_once(model: Path, tmp_path: Path):
     with pytest.raises(UserError, match="is no model directory, run folder or recipe"):
         evaluate(tmp_path / "nothing", ["aime24"])
+    with pytest.raises(UserError, match="--limit -1"):
+        evaluate(model, ["aime24"], limit=-1)
     with pytest.raises(UserError, match="nothing to evaluate on; use --benchmark"):
         evaluate(model, [])
     (tmp_path / "empty.jsonl").write_text("")
