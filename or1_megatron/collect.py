@@ -171,7 +171,7 @@ def score_groups(
     for (sample, _), verdict in zip(scoring, verdicts, strict=True):
         sample.verdict = verdict.name
         sample.reward = 0.0 if verdict.failed else verdict.reward
-    groups = whole_groups(groups)
+    groups = whole_groups(groups, group_size)
     sound = [group for group in groups if all(sample.verdict != "infrastructure_error" for sample in group.samples)]
     place = {prompt.uid: i for i, prompt in enumerate(prompts)}
     return sorted(sound, key=lambda group: place[group.prompt.uid])

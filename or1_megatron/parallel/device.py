@@ -125,9 +125,9 @@ def trim_host_memory() -> None:
 
 
 def take_peak_memory() -> int:
-    """High-water mark of this process's memory in bytes since the last call: the GPU's where there is one, else the
+    """High-water mark of this process's memory in bytes since the last call: the GPU's where it uses one, else the
     resident size on the host."""
-    if has_cuda():
+    if has_cuda() and torch.cuda.is_initialized():  # to ask would otherwise put a context on the GPU
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return peak

@@ -16,6 +16,7 @@ from or1_megatron.report.scales import Point
 from or1_megatron.types import VERDICTS
 
 MOST_BARS = 100
+MOST_ROWS = 40  # of a Gantt chart
 PARTS = (("rollout", 0), ("update", 1), ("others", 2), ("evaluation", 3))
 _COLOURS = {
     "rollout": 0,
@@ -238,7 +239,7 @@ def _gantt(run: RunData) -> Figure | None:
     for name, curve in decoding_curves(run.trace, start, end).items():
         most = max(value for _, value in curve) or 1
         curves[name] = [(at, value / most) for at, value in curve]
-    listed = [(name, _joined(blocks)) for name, blocks in rows.items()]
+    listed = [(name, _joined(blocks, seconds / 500)) for name, blocks in rows.items()][:MOST_ROWS]
     titles = f"One step of {run.name}: who waits for whom"
     body = "".join(
         f'<div class="{kind}">{gantt(f"{titles}, {kind}", listed, curves, seconds, width)}</div>'
@@ -247,11 +248,13 @@ def _gantt(run: RunData) -> Figure | None:
     remark = (
         f"{seconds:.1f} s, the median of the newest {len(steps)} steps; grey: idle; curve: responses still decoding"
     )
+    if len(rows) > len(listed):
+        remark += f"; {len(rows) - len(listed)} more processes in trace.json"
     return Figure(titles, remark, body, wide=True)
 
 
-def _joined(blocks: list[Block], gap: float = 0.002) -> list[Block]:
-    """Blocks of one name that follow each other within `gap` seconds as one: thousands of checks are a few."""
+def _joined(blocks: list[Block], gap: float) -> list[Block]:
+    """Blocks of one name that follow each other within `gap` seconds as one: thousands of checks are a few hundred."""
     found: list[Block] = []
     for block in sorted(blocks, key=lambda block: block.start):
         if found and found[-1].name == block.name and block.start - found[-1].end <= gap:

@@ -7,10 +7,11 @@ there are few groups for each engine, a group is dealt in pieces, and put togeth
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Sequence
 
 from or1_megatron.profiling.decoding import assign, piece_size
-from or1_megatron.types import Group, Prompt
+from or1_megatron.types import Group, Prompt, Sample
 
 
 class LengthHistory:
@@ -45,17 +46,26 @@ class LengthHistory:
         return [[pieces[i] for i in share] for share in shares], size
 
 
-def whole_groups(pieces: Iterable[Group]) -> list[Group]:
-    """One group per prompt from its pieces, which may come in any order: responses are sorted, so that the result does
-    not depend on who finished first."""
+def whole_groups(pieces: Iterable[Group], group_size: int) -> list[Group]:
+    """Groups from their pieces, which may come in any order: responses are ordered by a checksum of their tokens, so
+    that the result does not depend on who finished first. A prompt that was dealt twice gets two groups."""
     found: dict[str, list[Group]] = {}
     for piece in pieces:
         found.setdefault(piece.prompt.uid, []).append(piece)
-    return [parts[0] if len(parts) == 1 else _joined(parts) for parts in found.values()]
+    groups: list[Group] = []
+    for parts in found.values():
+        if len(parts[0].samples) == group_size:
+            groups += parts
+            continue
+        samples = sorted((sample for part in parts for sample in part.samples), key=_order)
+        assert len(samples) % group_size == 0, (len(samples), group_size)
+        for first in range(0, len(samples), group_size):
+            mine = samples[first : first + group_size]
+            for index, sample in enumerate(mine):
+                sample.index = index
+            groups.append(Group(parts[0].prompt, mine))
+    return groups
 
 
-def _joined(parts: list[Group]) -> Group:
-    samples = sorted((sample for part in parts for sample in part.samples), key=lambda sample: sample.tokens)
-    for index, sample in enumerate(samples):
-        sample.index = index
-    return Group(parts[0].prompt, samples)
+def _order(sample: Sample) -> tuple[int, list[int]]:
+    return zlib.crc32(str(sample.tokens).encode()), sample.tokens

@@ -51,8 +51,17 @@ def test_few_groups_are_dealt_in_pieces_and_put_together():
 
 
 def test_joined_groups_do_not_depend_on_who_finished_first():
-    pieces = [group("a", 3), group("b", 4, 4), group("a", 1), group("a", 2)]
-    for order in (pieces, pieces[::-1]):
-        joined = {found.prompt.uid: found for found in whole_groups(order)}
-        assert [len(sample.tokens) for sample in joined["a"].samples] == [1, 2, 3]
-        assert [sample.index for sample in joined["a"].samples] == [0, 1, 2] and len(joined["b"].samples) == 2
+    pieces = [group("a", 3), group("b", 4), group("a", 1), group("a", 2), group("b", 4), group("b", 5)]
+    found = []
+    for order in (pieces, pieces[::-1], pieces[3:] + pieces[:3]):
+        joined = {found.prompt.uid: found for found in whole_groups(order, 3)}
+        found.append([[len(sample.tokens) for sample in joined[name].samples] for name in "ab"])
+        assert all([sample.index for sample in mine.samples] == [0, 1, 2] for mine in joined.values())
+    assert found[0] == found[1] == found[2] and [sorted(lengths) for lengths in found[0]] == [[1, 2, 3], [4, 4, 5]]
+
+
+def test_a_prompt_dealt_twice_gets_two_groups():
+    whole = [group("a", 1, 2), group("b", 3, 3), group("a", 4, 5)]
+    assert [len(found.samples) for found in whole_groups(whole, 2)] == [2, 2, 2]
+    pieces = [group("a", length) for length in (1, 2, 4, 5)]
+    assert [len(found.samples) for found in whole_groups(pieces, 2)] == [2, 2]
