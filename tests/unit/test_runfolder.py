@@ -45,6 +45,16 @@ def test_create_writes_everything_and_open_finds_it(tmp_path: Path):
     assert not list(run.path.rglob("*.tmp"))
 
 
+def test_lengths_of_the_history_come_back_up_to_a_step(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path))
+    for step in (1, 2, 3):
+        run.save_history(step, make_groups())
+    old = run.history / "step-000002.parquet"  # of a version that did not note tokens
+    pyarrow.parquet.write_table(pyarrow.parquet.read_table(old).drop_columns(["tokens"]), old)
+    assert list(run.read_lengths(3)) == [("gsm8k/7", 5, 2)] * 2
+    assert list(run.read_lengths(2)) == [("gsm8k/7", 5, 2)]
+
+
 def test_two_runs_in_one_second_get_two_folders(tmp_path: Path):
     config = make_config(tmp_path)
     assert len({RunFolder.create(config).path for _ in range(3)}) == 3
