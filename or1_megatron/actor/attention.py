@@ -9,7 +9,6 @@ key/value heads of it, D head size, C = D / 2 angles.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,23 +50,29 @@ class PackedAttention(torch.nn.Module):
             both_TKX = gather(torch.cat((key_KTD, value_KTD), -1).transpose(0, 1), part, self.cp_group)
             key_KTD, value_KTD = both_TKX.transpose(0, 1).chunk(2, -1)
         # Cut and joined once: the gradient of a slice would be a pack of zeros around it.
-        queries = query_NtD.split([s.num_queries for s in part.stretches], 1)
-        keys, values = _of_stretches(key_KTD, part), _of_stretches(value_KTD, part)
+        queries = _of_runs(query_NtD, part)
+        keys, values = _seen(key_KTD, part), _seen(value_KTD, part)
         outputs = []
         for q, k, v in zip(queries, keys, values, strict=True):
-            bias: Any = causal_lower_right(q.shape[1], k.shape[1])
+            bias: Any = causal_lower_right(q.shape[2], k.shape[2])
             attended = torch.nn.functional.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=bias, scale=self.scale, enable_gqa=grouped
+                q, k, v, attn_mask=bias, scale=self.scale, enable_gqa=grouped
             )
-            outputs.append(attended[0].transpose(0, 1).flatten(1))
+            outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
         return torch.cat(outputs)
 
 
-def _of_stretches(values_KTD: torch.Tensor, part: Part) -> Sequence[torch.Tensor]:
-    """What the queries of each stretch see. With context parallel two stretches see keys of the same sequence."""
+def _of_runs(values_KtD: torch.Tensor, part: Part) -> list[torch.Tensor]:
+    """[sequences, K, length, D] of each run of stretches of one length: one call attends to a whole run."""
+    pieces = values_KtD.split([count * length for count, length in part.runs], 1)
+    return [piece.unflatten(1, run).transpose(0, 1) for piece, run in zip(pieces, part.runs, strict=True)]
+
+
+def _seen(values_KTD: torch.Tensor, part: Part) -> list[torch.Tensor]:
+    """What the queries of each run see. With context parallel two stretches see keys of the same sequence."""
     if part.num_ranks == 1:
-        return values_KTD.split([s.num_keys for s in part.stretches], 1)
-    return [values_KTD[:, s.key : s.key + s.num_keys] for s in part.stretches]
+        return _of_runs(values_KTD, part)
+    return [values_KTD[None, :, s.key : s.key + s.num_keys] for s in part.stretches]
 
 
 class RMSNorm(torch.nn.Module):

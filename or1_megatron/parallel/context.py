@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,6 +50,15 @@ class Part:
     def held_t(self) -> torch.Tensor:
         """Positions of the pack that this rank holds, in the order it holds them."""
         return self.held_T.chunk(self.num_ranks)[self.rank]
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int]]:
+        """(number, queries of each) of neighbouring stretches that can be attended to at once: on one rank those of
+        equal length, with context parallel none, since the numbers of their keys differ."""
+        lengths = [s.num_queries for s in self.stretches]
+        if self.num_ranks > 1:
+            return [(1, length) for length in lengths]
+        return [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
 
     def take(self, values_T: torch.Tensor) -> torch.Tensor:
         """This rank's share of what is known for the whole pack."""

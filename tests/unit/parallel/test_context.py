@@ -67,3 +67,10 @@ def test_zigzag():
 def test_a_sequence_that_cannot_be_cut_is_our_mistake():
     with pytest.raises(AssertionError, match="6 tokens is not cut into 4 chunks"):
         part_of((0, 4, 10), rank=0, num_ranks=2, device=torch.device("cpu"))
+
+
+def test_neighbours_of_one_length_are_one_run_on_one_rank_only():
+    one = part_of((0, 4, 8, 16, 20), rank=0, num_ranks=1, device=torch.device("cpu"))
+    assert one.runs == [(2, 4), (1, 8), (1, 4)]
+    two = part_of((0, 4, 8), rank=0, num_ranks=2, device=torch.device("cpu"))
+    assert two.runs == [(1, 1)] * 4
