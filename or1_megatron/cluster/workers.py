@@ -107,7 +107,7 @@ class Workers:
                 raise error.cause from None
             self._raise_if_dead()
             raise RunFailure(f"{error.cause!r}", str(error)) from None
-        except RayActorError as error:
+        except RayError as error:  # the process died, or with its node what it had answered
             self._raise_if_dead()
             raise RunFailure(f"a process of the run died: {error}") from None
 
