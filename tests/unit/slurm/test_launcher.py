@@ -122,3 +122,29 @@ def test_shellcheck_is_clean(tmp_path: Path) -> None:
     files = [batch, FOLDER / "preflight", root / "launch" / "ray_cluster.sh", root / "tests" / "slurm" / "cluster.sh"]
     done = subprocess.run(["shellcheck", *files], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
+
+
+def test_secrets_are_masked_and_settings_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    node = load("node")
+    assert node.masked("WANDB_API_KEY", "abc") == "***" and node.masked("RAY_AUTH_TOKEN_PATH", "/x") == "***"
+    assert node.masked("NCCL_IB_HCA", "mlx5_0") == "mlx5_0"
+    (tmp_path / "env").write_text("# a comment\nNCCL_DEBUG=WARN   # why\n# OFF=1\n\nA = b c\n")
+    assert node.settings(tmp_path / "env") == {"NCCL_DEBUG": "WARN", "A": "b c"}
+    shipped = node.settings(FOLDER / "cluster.env")
+    assert shipped["CUDA_DEVICE_MAX_CONNECTIONS"] == "1" and "NCCL_IB_HCA" not in shipped
+
+
+def test_only_what_carries_the_mark_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    node = load("node")
+    marks = [tmp_path / "attempt-1", tmp_path / "attempt-10"]
+    ours, others = (subprocess.Popen(["sleep", "60"], env={"OR1_ATTEMPT": str(mark)}) for mark in marks)
+    try:
+        time.sleep(0.2)
+        assert node.marked(marks[0]) == [ours.pid]
+        node.end_processes(marks[0], {"ours": ours})
+        assert ours.poll() is not None and others.poll() is None
+    finally:
+        others.kill()
+        others.wait()
