@@ -91,14 +91,15 @@ class Run:
 
     def rollout(self, stage: Config, step: int) -> Rollout:
         """Of this step: the one sampled while the step before was trained, else sampled now. Starts the next one's."""
-        rollout = self._ahead.take() or self._collect(stage, self.spans)
+        rollout = self._ahead.take() or self._collect(stage, self.spans, self.lengths)
         self.carried, self._stream_state = rollout.surplus, self.stream.state_dict()
         if stage.rollout.overlap and step < self.config.steps and self.stages.lasts(step + 1):
-            self._ahead.start(lambda: self._collect(stage, Spans()))
+            known = self.lengths.copy()  # a step that ends meanwhile adds to it
+            self._ahead.start(lambda: self._collect(stage, Spans(), known))
         return rollout
 
-    def _collect(self, stage: Config, spans: Spans) -> Rollout:
-        return collect(stage, self.cluster, self.rewards, self.stream, spans, self.carried, self.lengths)
+    def _collect(self, stage: Config, spans: Spans, lengths: LengthHistory) -> Rollout:
+        return collect(stage, self.cluster, self.rewards, self.stream, spans, self.carried, lengths)
 
     def finish(self, step: int, rollout: Rollout) -> dict[str, float]:
         """Takes note of a completed step: history, stage and the state that a checkpoint holds."""

@@ -20,6 +20,12 @@ class LengthHistory:
     def __init__(self) -> None:
         self._means: dict[str, float] = {}
 
+    def copy(self) -> LengthHistory:
+        """As it is now, for a thread of its own."""
+        twin = LengthHistory()
+        twin._means = dict(self._means)
+        return twin
+
     def record(self, groups: Iterable[Group]) -> None:
         """Groups of a step that has ended, dropped or not."""
         for group in groups:
