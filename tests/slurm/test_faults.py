@@ -30,11 +30,11 @@ def job(slurm: SlurmCluster, recipe: Path):  # noqa: ANN201
 def resumed(job: Job) -> None:
     """Another attempt has gone on after the last step of the one before: none lost, none twice."""
     before = len(job.rows())
-    job._await(lambda: job.rows()[-1]["attempt"] == "1", "steps of a second attempt", 200)
+    job._await(lambda: job.rows()[-1]["attempt"] != "0", "steps of another attempt", 150)
     rows = job.rows()
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1)), rows
     assert before <= sum(row["attempt"] == "0" for row in rows) < len(rows)
-    assert job.show("Restarts") == "1"
+    assert int(job.show("Restarts")) >= 1
 
 
 def left_on(slurm: SlurmCluster, job: Job, names: list[str]) -> list[str]:
