@@ -65,7 +65,8 @@ def test_scancel_ends_everything(slurm: SlurmCluster, job: Job) -> None:
     slurm.login("scancel", job.id)
     assert job.await_state("CANCELLED", "PENDING", "REQUEUED", timeout_s=60) == "CANCELLED"
     nothing_left(slurm, job, names)
-    assert (job.run / "slurm" / f"job-{job.id}" / "attempt-0" / "end").read_text().startswith("143 ended by Slurm: cancelled")
+    end = job.run / "slurm" / f"job-{job.id}" / "attempt-0" / "end"
+    assert end.read_text().startswith("143 ended by Slurm: cancelled")
 
 
 def test_preemption(slurm: SlurmCluster, job: Job) -> None:
