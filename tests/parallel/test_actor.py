@@ -193,9 +193,10 @@ def test_smollm2_log_probs_equal_hf(layout: tuple[int, int], smollm2: Path) -> N
     """9 heads over 3 KV heads: tp may be 1 or 3."""
     sequences = make_sequences(49152)
     config = make_config(smollm2, *layout)
-    ranks = run_ranks(layout[0] * layout[1], ranks_actor.one_step, config, sequences)
+    ranks = run_ranks(layout[0] * layout[1], ranks_actor.log_probs, config, sequences)
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
-    found = {i: row for rank in ranks for i, row in rank["log_probs"].items()}
+    found = {i: row for rank in ranks for i, row in rank.items()}
+    assert sorted(found) == list(range(len(sequences)))
     with torch.no_grad():
         for i, sequence in enumerate(sequences):
             expected, _ = token_quantities(model, sequence, 0.9)
