@@ -65,8 +65,6 @@ def plan_gpus(config: Config, gpus: list[int], hardware_name: str, assumptions: 
     engines = engine_degrees(architecture, hardware, assumptions.memory_share, work.context_length)
     for what, saved in helps(architecture, work, layout, hardware, engines)[:5]:
         lines.append(f"  {saved:7.0f} s ({saved / times[longest].total:4.0%}) of a step: {what}")
-    if layout.engine_tp > 1:
-        lines += ["", f"an engine of this version takes one GPU, which does not hold {config.model.path} and its cache"]
     achieved = f"achieved constants of {hardware.name} fitted to the paper's system (or1 plan --paper)"
     return [*lines, "", achieved, *assumptions.lines()]
 
@@ -203,7 +201,7 @@ def _layout_line(
     return (
         f"{number} GPUs: {hours:.0f} hours; actor tp {layout.tp} pp {layout.pp} cp {layout.cp} dp {layout.dp}, "
         f"{sum(parts.values()) / 2**30:.0f} of {hardware.memory / 2**30:.0f} GiB ({listed}); "
-        f"{number // layout.engine_tp} engines of {layout.engine_tp} GPU"
+        f"rollout.num_engines={number // layout.engine_tp} of engine_tp={layout.engine_tp}"
     )
 
 
