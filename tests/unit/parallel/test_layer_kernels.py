@@ -6,25 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch._dynamo
 
-from or1_megatron.parallel import compiler
 from or1_megatron.parallel.layer_kernels import rms_norm, rotate, swiglu
 
 T, N, D, H, F = 7, 3, 8, 24, 10
 EPS = 1e-5
-
-
-@pytest.fixture(params=["eager", "compiled"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OR1_COMPILE", "0" if request.param == "eager" else "1")
-    # An engine in this process has switched the compiler off.
-    with torch._dynamo.config.patch(disable=False):
-        compiler.forget()
-        if request.param == "compiled" and not compiler.can_compile():
-            pytest.skip("torch.compile has no working C++ compiler here")
-        yield request.param
-    compiler.forget()
 
 
 def dense_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

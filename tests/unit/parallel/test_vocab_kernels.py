@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo
 
-from or1_megatron.parallel import compiler, vocab_kernels
+from or1_megatron.parallel import vocab_kernels
 
 TEMPERATURE = 0.7
 
@@ -27,18 +26,6 @@ def expected(logits: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor) ->
     v = (z - top[:, None]) / TEMPERATURE
     gradient = v.exp() * (v * slope[:, None] + offset[:, None])
     return top, v.exp().sum(1), (v.exp() * v).sum(1), gradient
-
-
-@pytest.fixture(params=["eager", "compiled"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OR1_COMPILE", "0" if request.param == "eager" else "1")
-    # An engine in this process has switched the compiler off.
-    with torch._dynamo.config.patch(disable=False):
-        compiler.forget()
-        if request.param == "compiled" and not compiler.can_compile():
-            pytest.skip("torch.compile has no working C++ compiler here")
-        yield request.param
-    compiler.forget()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
