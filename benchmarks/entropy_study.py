@@ -60,11 +60,11 @@ class Variant:
     overrides: tuple[str, ...]
 
 
-ONE = Variant("1 SGD step", ('entropy.rule="off"',))
-FOUR = Variant("4 SGD steps", ('entropy.rule="off"', "loss.mini_batch_size=2", "loss.old_log_probs=recompute"))
+ONE = Variant("1 SGD step", ("entropy.rule=off",))
+FOUR = Variant("4 SGD steps", ("entropy.rule=off", "loss.mini_batch_size=2", "loss.old_log_probs=recompute"))
 ADAPTIVE = Variant("adaptive control", CONTROL)
 ALL_GROUPS = Variant("adaptive control, no rejection", (*CONTROL, "loss.rejection=false"))
-MASKED = Variant("mask before", ('entropy.rule="off"', "loss.advantage_mask=before"))
+MASKED = Variant("mask before", ("entropy.rule=off", "loss.advantage_mask=before"))
 VARIANTS = (ONE, FOUR, ADAPTIVE, ALL_GROUPS, MASKED)
 
 

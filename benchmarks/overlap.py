@@ -31,7 +31,7 @@ from or1_megatron.runfolder import RunFolder  # noqa: E402
 
 CORES = os.cpu_count() or 2
 SHARED = (
-    *("optimizer.lr=1e-6", "loss.rejection=false", "loss.old_log_probs=engine", 'entropy.rule="off"'),
+    *("optimizer.lr=1e-6", "loss.rejection=false", "loss.old_log_probs=engine", "entropy.rule=off"),
     *("rollout.rollout_batch_size=8", "rollout.max_response_length=32", "rollout.context_length=128"),
     *("rollout.stop=[]", "rollout.placement=separate", "evaluation.files=[]", "parallel.num_ranks=1"),
 )

@@ -15,6 +15,15 @@ from or1_megatron.errors import UserError
 from or1_megatron.validate import validate
 
 
+class _Loader(yaml.SafeLoader):
+    """on, off, yes and no are words, as in YAML 1.2; a key that is true or false takes them all the same."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in found if first in "tTfF" or not tag.endswith(":bool")]
+        for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def load(recipe: str | Path, overrides: list[str] | None = None) -> Config:
     """Recipe file + `key=value` overrides -> validated Config. Raises UserError, one line each.
 
@@ -30,7 +39,7 @@ def layers(path: Path, inheriting: tuple[Path, ...]) -> list[tuple[str, dict]]:
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/")
     try:
-        tree = yaml.safe_load(path.read_text()) or {}
+        tree = yaml.load(path.read_text(), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -71,7 +80,7 @@ def override_tree(text: str) -> tuple[str, dict]:
     if not equals or not name:
         raise UserError(f"override {text!r} is not key=value, e.g. optimizer.lr=1e-6")
     try:
-        leaf: Any = yaml.safe_load(value) if value else ""
+        leaf: Any = yaml.load(value, _Loader) if value else ""
     except yaml.YAMLError:
         leaf = value
     for part in reversed(name.split(".")):

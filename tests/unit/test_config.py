@@ -35,6 +35,14 @@ def test_saved_configuration_loads_back_equal(recipe: Path, tmp_path: Path):
     assert load(saved) == config
 
 
+def test_off_is_a_word_where_words_are_wanted(recipe: Path):
+    config = load(recipe, ["entropy.rule=off", "loss.rejection=off", "reward.during_rollout=no"])
+    assert (config.entropy.rule, config.loss.rejection, config.reward.during_rollout) == ("off", False, False)
+    recipe.write_text(recipe.read_text() + "entropy: {rule: off}\nloss: {rejection: True}\n")
+    assert load(recipe).entropy.rule == "off"
+    assert load(recipe).loss.rejection
+
+
 def test_every_key_is_documented():
     keys = all_keys()
     assert len(keys) > 50
