@@ -2,10 +2,11 @@
 
     python benchmarks/tracing.py [--quick] [--json FILE]
 
-The quickstart's model; every step has the same four problems, so that all do the same work; no learning (lr 1e-9), no
-rejection. A step `on` is one with profiling.trace_steps=20, a step `off` one with 0: ranks and engine record nothing,
-nothing is collected or written. A step lasts until the next one begins. Pairs of neighbours are compared, each order as
-often; beside it stands what a traced step does more, timed alone: its spans and counters, and the span `trace`.
+The quickstart's model; every step has the same four problems and responses of full length, so that all do the same
+work; no learning (lr 1e-9), no rejection. A step `on` is one with profiling.trace_steps=20, a step `off` one with 0:
+ranks and engine record nothing, nothing is collected or written. A step lasts until the next one begins. Pairs of
+neighbours are compared, each order as often; beside it stands what a traced step does more, timed alone: its spans and
+counters, and the span `trace`.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def run_in_turns(scratch: Path, model: Path, steps: int) -> tuple[InTurns, list[
     (scratch / "train.jsonl").write_text("\n".join(lines) + "\n")
     words = [
         f"model.path={model}", f"data.train=[{scratch}/train.jsonl]", f"rollout.rollout_batch_size={PROMPTS}",
-        "optimizer.lr=1e-9", "loss.rejection=false", "evaluation.files=[]", f"steps={steps}", f"run_dir={scratch}/run",
+        "optimizer.lr=1e-9", "loss.rejection=false", "rollout.stop=[]", "evaluation.files=[]", f"steps={steps}",
+        f"run_dir={scratch}/run",
     ]  # fmt: skip
     config = load(ROOT / "launch" / "recipes" / "quickstart.yaml", words)
     inputs, folder, stop = check_inputs(config), RunFolder.create(config), Stop()
@@ -160,7 +162,7 @@ def report(bench: Benchmark, timeline: InTurns, metrics: list[dict[str, Any]], l
 def build(bench: Benchmark, quick: bool) -> None:
     model = fetch_smollm2(ROOT / ".cache" / "models").absolute()
     scratch = Path(bench.stack.enter_context(tempfile.TemporaryDirectory(prefix="or1-bench-")))
-    last = WARM_UP + (4 if quick else 40)  # of whose end nothing is told: it saves a checkpoint
+    last = WARM_UP + (4 if quick else 80)  # of whose end nothing is told: it saves a checkpoint
     timeline, metrics = run_in_turns(scratch, model, last)
     report(bench, timeline, metrics, last)
 
