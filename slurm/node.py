@@ -30,6 +30,7 @@ import ports
 import progress
 
 POLL_S = 1.0
+RAYS_PATIENCE_S = 30.0
 SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
@@ -66,10 +67,7 @@ class Supervisor:
             self._start_head()
             self._lead()
         else:
-            head = self._await_head()
-            self._start_ray(f"--address={head}")
-            while True:
-                self._check()
+            self._join(self._await_head())
 
     def _peer(self) -> str:
         """Some other node: the route to it is the one that the nodes have between them."""
@@ -144,6 +142,24 @@ class Supervisor:
             if time.monotonic() > deadline:
                 raise Ended(1, f"the first node has no Ray after {self.job['start_deadline_s']} s")
             self._check()
+
+    def _join(self, head: str) -> None:
+        """Ray on this node, for as long as the attempt lasts.
+
+        Ray gives a node a fixed 30 s to register. Where many start on a slow file system or few cores that can be too
+        little, so what ended after that, before Ray was whole, is started again within the deadline.
+        """
+        deadline = time.monotonic() + self.job["start_deadline_s"]
+        while True:
+            self._start_ray(f"--address={head}")
+            started = time.monotonic()
+            while self.children["ray"].poll() is None:
+                self._check(but="ray")
+            seconds = time.monotonic() - started
+            if seconds < RAYS_PATIENCE_S or time.monotonic() > deadline or any(self.attempt.glob("driver-*")):
+                self._check()
+            print(f"Ray has not joined after {seconds:.0f} s and starts again", flush=True)
+            end_processes(self.attempt, self.children)
 
     def _lead(self) -> None:
         """The first node: waits for every GPU, runs the driver and watches over it."""

@@ -1,11 +1,11 @@
-"""An address that could be anybody's cluster is refused before Ray is asked; nobody at an address is one line."""
+"""An address that could be anybody's cluster is refused before Ray is asked; a run waits for all its nodes."""
 
 from __future__ import annotations
 
 import pytest
 
 from or1_megatron.cluster import joining
-from or1_megatron.errors import UserError
+from or1_megatron.errors import RunFailure, UserError
 
 
 @pytest.mark.parametrize("address", ["auto", "localhost"])
@@ -23,3 +23,39 @@ def test_a_count_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_addresses_sort_by_number() -> None:
     assert sorted(["10.0.0.10", "10.0.0.9"], key=joining._by_number) == ["10.0.0.9", "10.0.0.10"]
+
+
+class Clock:
+    """Moves on when somebody sleeps; at each time the nodes that Ray tells of."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *seen: list[str]):
+        self.seconds, self._seen = 0.0, list(seen)
+        monkeypatch.setattr(joining.time, "monotonic", lambda: self.seconds)
+        monkeypatch.setattr(joining.time, "sleep", self._sleep)
+        monkeypatch.setattr(joining, "nodes", self._nodes)
+
+    def _sleep(self, seconds: float) -> None:
+        self.seconds += seconds
+
+    def _nodes(self) -> list[joining.Node]:
+        hosts = self._seen.pop(0) if len(self._seen) > 1 else self._seen[0]
+        return [joining.Node(str(place), host, host, 8) for place, host in enumerate(hosts)]
+
+
+def test_a_node_that_was_started_again_is_two_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, ["a"], ["a", "b", "b"], ["a", "b", "b"], ["a", "b"])
+    joining.wait_until_whole(2, 16, deadline_s=60)
+    assert clock.seconds == 1.5
+
+
+def test_anothers_cluster_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, ["a", "b", "c"])
+    with pytest.raises(RunFailure, match="3 nodes and 24 GPUs, of which 2 and 16"):
+        joining.wait_until_whole(2, 16, deadline_s=600)
+    assert clock.seconds < 31
+
+
+def test_a_missing_node_is_told_at_the_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, ["a"])
+    with pytest.raises(RunFailure, match=r"after 60 s Ray has 1 of 2 nodes .*: a \(8 GPUs\)"):
+        joining.wait_until_whole(2, 16, deadline_s=60)
