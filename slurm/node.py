@@ -30,7 +30,6 @@ import ports
 import progress
 
 POLL_S = 1.0
-RAYS_PATIENCE_S = 30.0
 SECRET_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "CREDENTIAL")
 
 
@@ -67,7 +66,10 @@ class Supervisor:
             self._start_head()
             self._lead()
         else:
-            self._join(self._await_head())
+            head = self._await_head()
+            self._start_ray(f"--address={head}")
+            while True:
+                self._check()
 
     def _peer(self) -> str:
         """Some other node: the route to it is the one that the nodes have between them."""
@@ -104,7 +106,9 @@ class Supervisor:
             raise Ended(1, f"CUDA_VISIBLE_DEVICES={visible} does not name the {self.gpus} GPUs of the job")
 
     def _start_ray(self, *words: str) -> None:
-        command = [self.job["python"], "-m", "ray.scripts.scripts", "start", "--block", *words]
+        patience = str(self.job["start_deadline_s"])
+        command = [self.job["python"], str(Path(__file__).with_name("ray_node.py")), patience, "start", "--block"]
+        command += words
         command += [f"--node-ip-address={self.address}", "--num-cpus=1", f"--num-gpus={self.gpus}"]
         command += [f"--object-store-memory={int(self.job['object_store_gb'] * 2**30)}", "--disable-usage-stats"]
         command += ["--include-log-monitor=false"]  # every process has a log of its own
@@ -142,24 +146,6 @@ class Supervisor:
             if time.monotonic() > deadline:
                 raise Ended(1, f"the first node has no Ray after {self.job['start_deadline_s']} s")
             self._check()
-
-    def _join(self, head: str) -> None:
-        """Ray on this node, for as long as the attempt lasts.
-
-        Ray gives a node a fixed 30 s to register. Where many start on a slow file system or few cores that can be too
-        little, so what ended after that, before Ray was whole, is started again within the deadline.
-        """
-        deadline = time.monotonic() + self.job["start_deadline_s"]
-        while True:
-            self._start_ray(f"--address={head}")
-            started = time.monotonic()
-            while self.children["ray"].poll() is None:
-                self._check(but="ray")
-            seconds = time.monotonic() - started
-            if seconds < RAYS_PATIENCE_S or time.monotonic() > deadline or any(self.attempt.glob("driver-*")):
-                self._check()
-            print(f"Ray has not joined after {seconds:.0f} s and starts again", flush=True)
-            end_processes(self.attempt, self.children)
 
     def _lead(self) -> None:
         """The first node: waits for every GPU, runs the driver and watches over it."""

@@ -183,7 +183,7 @@ def write_run(run: Path, recipe: str, overrides: list[str], facts: dict[str, Any
     folder.mkdir(parents=True)
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(str(ROOT / "or1_megatron"), str(folder / "code" / "or1_megatron"), ignore=ignore)
-    for name in ("node.py", "ports.py", "progress.py", "preflight", "cluster.env"):
+    for name in ("node.py", "ray_node.py", "ports.py", "progress.py", "preflight", "cluster.env"):
         shutil.copy2(str(HERE / name), str(folder / name))
     if facts["yaml"]:
         (folder / "recipe.yaml").write_text(facts["yaml"])

@@ -18,7 +18,6 @@ from ray.exceptions import RayError
 from or1_megatron.errors import RunFailure, UserError
 
 _DEADLINE_S = 300.0
-_NOTICED_S = 30.0  # by then Ray knows of a node that was killed and has joined again
 
 
 @dataclass(frozen=True)
@@ -77,25 +76,18 @@ def nodes() -> list[Node]:
 
 
 def wait_until_whole(num_nodes: int, num_gpus: int, deadline_s: float) -> None:
-    """Returns when so many nodes and GPUs are registered; 0: not asked.
-
-    Raises RunFailure: too late, or too many for half a minute.
-    """
+    """Returns when so many nodes and GPUs are registered; 0: not asked. Raises RunFailure: too late, or too many."""
     end = time.monotonic() + deadline_s
-    last_right = time.monotonic()
     while True:
         there = nodes()
         gpus = sum(node.gpus for node in there)
         listed = ", ".join(f"{node.host} ({node.gpus} GPUs)" for node in there)
-        too_many = (num_nodes and len(there) > num_nodes) or (num_gpus and gpus > num_gpus)
-        if not too_many:
-            last_right = time.monotonic()
-        elif time.monotonic() - last_right > _NOTICED_S:
+        if (num_nodes and len(there) > num_nodes) or (num_gpus and gpus > num_gpus):
             raise RunFailure(
                 f"Ray has {len(there)} nodes and {gpus} GPUs, of which {num_nodes} and {num_gpus} are this run's: "
                 f"it is another's cluster; there are {listed}"
             )
-        if not too_many and len(there) >= num_nodes and gpus >= num_gpus:
+        if len(there) >= num_nodes and gpus >= num_gpus:
             return
         if time.monotonic() > end:
             raise RunFailure(
