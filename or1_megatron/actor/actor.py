@@ -30,9 +30,10 @@ from or1_megatron.architecture import read_architecture
 from or1_megatron.config import Config
 from or1_megatron.errors import RunFailure
 from or1_megatron.parallel.context import Part, gather, part_of
-from or1_megatron.parallel.device import device, peak_flops, release_memory, trim_host_memory, use_transformer_engine
+from or1_megatron.parallel.device import device, peak_flops, release_memory, use_transformer_engine
 from or1_megatron.parallel.dims import Dims
 from or1_megatron.parallel.file_sums import FileSums
+from or1_megatron.parallel.host_memory import trim_host_memory
 from or1_megatron.parallel.offload import Offload
 from or1_megatron.parallel.vocab import Shard, log_probs_and_entropy
 from or1_megatron.parallel.vocab_head import forget_buffers, head_log_probs_and_entropy, head_loss
@@ -160,7 +161,6 @@ class MegatronActor:
             outcome: Any = self.optimizer.step()
         applied, grad_norm, _ = outcome
         assert applied and np.isfinite(grad_norm), f"gradient norm {grad_norm} with finite gradients"
-        trim_host_memory()
         if not self._speaks:
             return None
         sums = self._replica_sums([terms for terms, _ in outputs])

@@ -28,7 +28,6 @@ torch's AdamW share ONE `step` tensor, which then advances once per parameter an
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import datetime
 import importlib.util
 import os
@@ -43,6 +42,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from or1_megatron.errors import UserError
+from or1_megatron.parallel.host_memory import keep_freed_memory, trim_host_memory
 from or1_megatron.parallel.weight_gradients import add_product
 
 _HOST = torch.device("cpu")
@@ -130,13 +130,6 @@ def release_memory() -> None:
     if has_cuda():
         torch.cuda.empty_cache()
     trim_host_memory()
-
-
-def trim_host_memory() -> None:
-    """Hands freed host memory back to the machine: without a GPU, ranks and engines share it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; other C libraries have none
-    if trim is not None:
-        trim(0)
 
 
 def take_peak_memory() -> int:
@@ -295,6 +288,7 @@ def install() -> None:
     if _installed or has_cuda():
         return
     _installed = True
+    keep_freed_memory()
     cuda: Any = torch.cuda
     stream = _HostStream()
     replacements: dict[str, Any] = {

@@ -24,6 +24,7 @@ from or1_megatron.architecture import read_architecture
 from or1_megatron.config import Config
 from or1_megatron.errors import RunFailure, UserError
 from or1_megatron.parallel import device
+from or1_megatron.parallel.host_memory import trim_host_memory
 from or1_megatron.parallel.layout import hf_shapes
 from or1_megatron.parallel.megatron_files import MegatronWeights, all_tensors, is_megatron
 from or1_megatron.parallel.packed_weights import names
@@ -194,7 +195,7 @@ class Engine:
             elif self._tied:
                 self._llm.apply_model(receiver.repack_tied_head)
         self._llm.reset_prefix_cache()
-        device.trim_host_memory()
+        trim_host_memory()
         self.weight_version = version
         torch.manual_seed(seed)
 

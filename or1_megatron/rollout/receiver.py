@@ -15,6 +15,7 @@ import torch
 
 from or1_megatron.parallel import device, weight_exchange
 from or1_megatron.parallel.bucket import checksum
+from or1_megatron.parallel.host_memory import trim_host_memory
 from or1_megatron.parallel.weight_exchange import BroadcastReceiver, MappedReceiver, Meeting, Offer, Plan
 
 
@@ -80,7 +81,7 @@ def reload(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]], *, tied: bo
         worker.reload_weights(weights_iterator=tensors)
         if tied:
             repack_tied_head(worker.get_model())
-    device.trim_host_memory()
+    trim_host_memory()
     torch.manual_seed(seed)
 
 
