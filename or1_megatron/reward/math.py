@@ -31,9 +31,17 @@ def score(text: str, ground_truth: tuple[str, ...]) -> str:
 
 def extract_answer(text: str) -> str | None:
     """Content of the last \\boxed{...} that is closed, stripped; of nested ones the inner. None when there is none."""
+    last = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if last < 0:
+        return None
+    answer = _last_closed_box(text, last)  # of a long response this is all that is read, as a rule
+    return _last_closed_box(text, 0) if answer is None else answer
+
+
+def _last_closed_box(text: str, begin: int) -> str | None:
     found, start_of_best = None, -1
     open_braces: list[int] = []  # where the content of each open box starts; -1 for a plain brace
-    for token in _TOKENS.finditer(text):
+    for token in _TOKENS.finditer(text, begin):
         written = token.group()
         if written == "}":
             start = open_braces.pop() if open_braces else -1

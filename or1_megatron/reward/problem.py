@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -35,8 +35,9 @@ class Task:
     truncated: bool = False  # cut at the length limit
     reasoning_open: bool = False  # the prompt ends inside <think>
 
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def question(self) -> dict[str, Any]:
+        """All but the response, in JSON's values."""
+        return {name: value for name, value in vars(self).items() if name != "response"}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from or1_megatron.profiling.spans import Span
+from or1_megatron.reward.frames import frame, take_frame
 
 _START_TIMEOUT_S = 120.0
 _END_TIMEOUT_S = 2.0
@@ -114,10 +114,9 @@ class WorkerProcess:
         self.started = time.monotonic()
         self._cpu_at_start = 0.0
 
-    def begin(self, job: Any, message: dict[str, Any]) -> None:
+    def begin(self, job: Any, values: dict[str, Any], text: str) -> None:
         self.job, self.started, self._cpu_at_start = job, time.monotonic(), self._cpu()
-        data = json.dumps(message).encode()
-        self._unsent = memoryview(struct.pack("<I", len(data)) + data)
+        self._unsent = memoryview(frame(values, text))
         self.flush()
 
     def end(self) -> Any:
@@ -147,14 +146,8 @@ class WorkerProcess:
             if not data:
                 raise Lost("the worker is gone")
             self._received += data
-        if len(self._received) < 4:
-            return None
-        end = 4 + struct.unpack_from("<I", self._received)[0]
-        if len(self._received) < end:
-            return None
-        message = json.loads(bytes(self._received[4:end]))
-        del self._received[:end]
-        return message
+        message = take_frame(self._received)
+        return message[0] if message else None
 
     def pause(self) -> None:
         """Stops it until resume(); its job is then in the background for good."""

@@ -186,7 +186,7 @@ class RewardService:
                 job = self._waiting.popleft()
                 self._room.notify()
             worker = idle.pop()
-            worker.begin(job, job.task.as_dict())
+            worker.begin(job, job.task.question(), job.task.response)
             self._watch(worker)
         for _ in range(self._config.num_workers - len(front)):
             self._start_worker()

@@ -1,8 +1,8 @@
 """The verifier processes: `python -m or1_megatron.reward.worker CONTROL SETTINGS`, started by service.py.
 
 The process that is started, the template, imports Math-Verify once and then forks a worker whenever it is asked to:
-a killed worker is replaced within milliseconds. Messages are length-prefixed JSON on sockets of their own, so nothing
-that a library prints can disturb them. Everything ends with its parent.
+a killed worker is replaced within milliseconds. Messages have sockets of their own (frames.py), so nothing that a
+library prints can disturb them. Everything ends with its parent.
 
     control   service -> template: {"fork": true} + socket | {"reap": pid};   template -> service: {"pid"} | {"status"}
     worker    service -> worker: a task;   worker -> service: {"ready"} once, then {"verdict", "detail", "rss_mb"}
@@ -19,13 +19,13 @@ import os
 import resource
 import signal
 import socket
-import struct
 import sys
 import traceback
 from typing import Any
 
 from or1_megatron.errors import UserError
 from or1_megatron.reward import code, isolation, math
+from or1_megatron.reward.frames import frame, take_frame
 from or1_megatron.reward.problem import code_tests
 from or1_megatron.reward.response import after_reasoning
 from or1_megatron.reward.sandbox import Sandbox, SandboxFailed
@@ -87,10 +87,10 @@ def _serve(channel: socket.socket, settings: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         bytes(32 * 2**20)  # never touched; a limit that leaves no room would make every verdict `memory`
         verifier = Verifier(settings)
-        send(channel, {"ready": True})
+        channel.sendall(frame({"ready": True}))
         ready = True
         while (task := receive(channel)) is not None:
-            send(channel, {**verifier.score(task), "rss_mb": _rss_mb()})
+            channel.sendall(frame({**verifier.score(task), "rss_mb": _rss_mb()}))
         os._exit(0)
     except MemoryError:
         if not ready:
@@ -148,25 +148,15 @@ class Verifier:
         return code.score(text, tests, self._sandbox, self._limits)
 
 
-def send(channel: socket.socket, message: dict[str, Any]) -> None:
-    data = json.dumps(message).encode()
-    channel.sendall(struct.pack("<I", len(data)) + data)
-
-
 def receive(channel: socket.socket) -> dict[str, Any] | None:
-    """The next message; None when the other end is closed."""
-    head = channel.recv(4, socket.MSG_WAITALL)
-    if len(head) < 4:
-        return None
-    size = struct.unpack("<I", head)[0]
-    parts = []
-    while size:
-        part = channel.recv(min(size, 2**20))
+    """The next task, which comes when the one before is answered; None when the other end is closed."""
+    received = bytearray()
+    while (message := take_frame(received)) is None:
+        part = channel.recv(2**20)
         if not part:
             return None
-        parts.append(part)
-        size -= len(part)
-    return json.loads(b"".join(parts))
+        received += part
+    return {**message[0], "response": message[1]}
 
 
 def _rss_mb() -> int:

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from reference_solutions import FOLDER
 
-from or1_megatron.reward.math import extract_answer, score
+from or1_megatron.reward.math import _last_closed_box, extract_answer, score
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
 from or1_megatron.sections import RewardConfig
@@ -58,6 +60,15 @@ def test_last_balanced_box_is_taken() -> None:
     assert extract_answer("\\boxed{a{b}c} \\boxed{open") == "a{b}c"
     assert extract_answer("\\boxed{\\text{(}1, 2)}") == "\\text{(}1, 2)"
     assert extract_answer("none") is None
+
+
+PARTS = ["\\boxed{", "\\fbox {", "\\boxed 5", "{", "}", "\\{", "\\}", "\\", "7", " "]
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=30))
+def test_the_short_way_to_the_answer_finds_the_same(parts: list[str]) -> None:
+    text = "".join(parts)
+    assert extract_answer(text) == _last_closed_box(text, 0)
 
 
 def test_hard_pairs_are_judged_as_by_hand(service: RewardService) -> None:
