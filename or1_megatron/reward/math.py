@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any
 
 MAX_ANSWER = 5_000  # characters; beyond it only an equal string is right
+_MANY_BRACKETS = 20
 _TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _DIGIT_SPACE = re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\}|~)(?=\d{3}(?!\d))")  # 10\,000
 _REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\{(\d+)\}")
@@ -52,6 +53,15 @@ def _last_closed_box(text: str, begin: int) -> str | None:
         elif written[-1] == "{" and len(written) > 2:
             open_braces.append(token.end())
     return None if found is None else text[found[0] : found[1]].strip()
+
+
+def may_take_long(text: str) -> bool:
+    """Whether the answer is of the kind that Math-Verify can compute on for ever: a factorial, powers, many brackets.
+
+    Says nothing about the verdict; such a check is begun early.
+    """
+    answer = extract_answer(text[-MAX_ANSWER:]) or ""
+    return "!" in answer or answer.count("^") > 1 or answer.count("(") > _MANY_BRACKETS
 
 
 @lru_cache(maxsize=4096)

@@ -111,11 +111,13 @@ class WorkerProcess:
         self.in_background = self.paused = False
         self.num_done = 0
         self.job: Any = None
+        self.gold: object = None  # of its last job
         self.started = time.monotonic()
         self._cpu_at_start = 0.0
 
     def begin(self, job: Any, values: dict[str, Any], text: str) -> None:
         self.job, self.started, self._cpu_at_start = job, time.monotonic(), self._cpu()
+        self.gold = job.gold
         self._unsent = memoryview(frame(values, text))
         self.flush()
 
@@ -154,9 +156,10 @@ class WorkerProcess:
         self.in_background = self.paused = True
         self._signal(signal.SIGSTOP)
 
-    def resume(self) -> None:
-        """Time spent counts from here."""
-        self.paused, self.started, self._cpu_at_start = False, time.monotonic(), self._cpu()
+    def resume(self, limit_s: float) -> None:
+        """Of its time limit at least half is left."""
+        self.paused, self._cpu_at_start = False, self._cpu()
+        self.started = max(self.started, time.monotonic() - limit_s / 2)
         self._signal(signal.SIGCONT)
 
     def is_out_of_time(self, limit_s: float) -> bool:

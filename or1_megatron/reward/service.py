@@ -4,7 +4,7 @@ A thread of the parent hands tasks to workers over sockets and keeps their deadl
   - every submitted task gets exactly one verdict, whatever dies; verdicts do not depend on the order of tasks;
   - a stuck check costs its own process only: once it has computed for long enough while others wait (patience.py),
     it is paused and a fresh worker takes its place; paused checks go on together when nothing waits; at the deadline:
-    `timeout`;
+    `timeout`. Answers that may get stuck are begun first, so that their deadlines pass while the others are checked;
   - a check that was paused has company when it goes on, and gets more time (WorkerProcess.is_out_of_time);
   - a worker that dies is replaced and its task tried again; after _ATTEMPTS the verdict is `infrastructure_error`,
     which has no reward. A task that crashes its worker twice by itself (a stack overflow in C) gets `memory`;
@@ -22,12 +22,14 @@ import threading
 import time
 from collections import deque
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from or1_megatron.errors import RunFailure
 from or1_megatron.profiling.spans import CAPACITY, Span
+from or1_megatron.reward.jobs import Job, take_for
+from or1_megatron.reward.math import may_take_long
 from or1_megatron.reward.patience import Patience
 from or1_megatron.reward.problem import Task, code_tests
 from or1_megatron.reward.processes import Lost, Template, WorkerProcess
@@ -47,16 +49,6 @@ _LOOK_S = 0.002  # between two looks at the deadlines
 _CRASHES = (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL)
 
 
-@dataclass
-class _Job:
-    task: Task
-    future: Future[Verdict]
-    limit_s: float
-    is_code: bool
-    attempts: int = 0
-    crashes: int = 0
-
-
 def task_of(sample: Sample) -> Task:
     """What there is to check about a sample."""
     prompt = sample.prompt
@@ -73,7 +65,7 @@ class RewardService:
         logs = Path(self._scratch.name) if self._scratch else Path(str(log_dir))
         logs.mkdir(parents=True, exist_ok=True)
         self.log = logs / "reward.log"
-        self._waiting: deque[_Job] = deque()
+        self._waiting: deque[Job] = deque()
         self._room = threading.Condition()
         self._selector = selectors.DefaultSelector()
         self._wake_from, self._wake_to = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -87,6 +79,7 @@ class RewardService:
         self._tally = Tally()
         self._patience = Patience()
         self._next_look = 0.0
+        self._hungry = True  # a new task may have to be noticed
         self._thread = threading.Thread(target=self._run, name="reward-service", daemon=True)
 
     def __enter__(self) -> RewardService:
@@ -110,14 +103,15 @@ class RewardService:
         future: Future[Verdict] = Future()
         is_code = code_tests(task.ground_truth, task.data_source) is not None
         limit = self._config.code_total_s + _CODE_SLACK_S if is_code else self._config.timeout_s
-        job = _Job(task, future, limit, is_code)
+        job = Job(task, future, limit, is_code, urgent=not is_code and may_take_long(task.response))
         with self._room:
             self._room.wait_for(lambda: self._failure or self._closing or len(self._waiting) < self._config.max_queued)
             if self._failure or self._closing:
                 future.set_exception(self._failure or RunFailure("the reward service was closed"))
                 return future
-            self._waiting.append(job)
-        self._wake()
+            (self._waiting.appendleft if job.urgent else self._waiting.append)(job)
+        if self._hungry:
+            self._wake()
         return future
 
     def check_failure_rate(self, verdicts: list[Verdict]) -> None:
@@ -168,7 +162,9 @@ class RewardService:
 
     def _loop(self) -> None:
         while not self._closing:
+            self._hungry = True
             self._fill()
+            self._hungry = not all(worker.job for worker in self._workers)
             busy = any(worker.job for worker in self._workers)
             for key, events in self._selector.select(_TICK_S if busy else None):
                 if key.data is None:
@@ -182,10 +178,11 @@ class RewardService:
         front = [worker for worker in self._workers if not worker.in_background]
         idle = [worker for worker in front if worker.ready and worker.job is None]
         while self._waiting and idle:
-            with self._room:
-                job = self._waiting.popleft()
-                self._room.notify()
             worker = idle.pop()
+            others = [other.gold for other in front if other is not worker]
+            with self._room:
+                job = take_for(worker.gold, others, self._waiting)
+                self._room.notify()
             worker.begin(job, job.task.question(), job.task.response)
             self._watch(worker)
         for _ in range(self._config.num_workers - len(front)):
@@ -271,7 +268,7 @@ class RewardService:
                 return
         self._retry(job, f"its worker died ({f'signal {killed_by}' if killed_by else f'status {status}'})")
 
-    def _retry(self, job: _Job, reason: str) -> None:
+    def _retry(self, job: Job, reason: str) -> None:
         job.attempts += 1
         if job.attempts >= _ATTEMPTS:
             self._finish(job, "infrastructure_error", 0.0, reason)
@@ -279,7 +276,7 @@ class RewardService:
         self._tally.count("retries")
         self._waiting.appendleft(job)
 
-    def _finish(self, job: _Job, name: str, seconds: float, detail: str) -> None:
+    def _finish(self, job: Job, name: str, seconds: float, detail: str) -> None:
         self._tally.finish(name, seconds)
         job.future.set_result(Verdict(name, seconds, detail))
 
@@ -301,7 +298,7 @@ class RewardService:
             spent, job = now - worker.started, worker.job
             if worker.paused:
                 if not self._waiting or spent >= job.limit_s:
-                    worker.resume()
+                    worker.resume(job.limit_s)
             elif (
                 self._waiting
                 and in_background < _MAX_BACKGROUND * self._config.num_workers

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from reference_solutions import FOLDER
 
-from or1_megatron.reward.math import _last_closed_box, extract_answer, score
+from or1_megatron.reward.math import _last_closed_box, extract_answer, may_take_long, score
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
 from or1_megatron.sections import RewardConfig
@@ -69,6 +69,18 @@ PARTS = ["\\boxed{", "\\fbox {", "\\boxed 5", "{", "}", "\\{", "\\}", "\\", "7",
 def test_the_short_way_to_the_answer_finds_the_same(parts: list[str]) -> None:
     text = "".join(parts)
     assert extract_answer(text) == _last_closed_box(text, 0)
+
+
+@pytest.mark.parametrize(
+    "answer", ["9^{9^{9^{9}}}", "99999999!", "(x+y+z)^{200}(x-y)^{200}", "(" * 30 + "1" + ")" * 30]
+)
+def test_what_may_take_long_is_known(answer: str) -> None:
+    assert may_take_long("\\boxed{7}" + "so $x^2 = y^2!$ " * 1000 + f"\\boxed{{{answer}}}")
+
+
+@pytest.mark.parametrize("text", ["\\boxed{x^2+1} since 5! = 120", "no box: 5!", "", "5!" * 5000, "\\boxed{f(g(x))}"])
+def test_what_does_not_is_known_too(text: str) -> None:
+    assert not may_take_long(text)
 
 
 def test_hard_pairs_are_judged_as_by_hand(service: RewardService) -> None:

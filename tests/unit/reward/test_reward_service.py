@@ -132,6 +132,17 @@ def test_stuck_checks_do_not_hold_up_the_others(tmp_path: Path) -> None:
         assert time.monotonic() - started < 30
 
 
+def test_answers_that_may_get_stuck_are_begun_first(tmp_path: Path) -> None:
+    """All are submitted long before the first worker is ready."""
+    ended: list[str] = []
+    with running(tmp_path, num_workers=1) as service:
+        for answer in ("1", "2", "3", "5!"):
+            future = service.submit(Task(f"\\boxed{{{answer}}}", ("120",)))
+            future.add_done_callback(lambda _, answer=answer: ended.append(answer))
+        assert future.result(timeout=60).name == "correct"
+    assert ended[0] == "5!"
+
+
 def test_random_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     """Workers are killed all the time, and twice the template with all of them."""
     with running(tmp_path, max_queued=10_000) as service:
