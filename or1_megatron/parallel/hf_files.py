@@ -25,6 +25,7 @@ from or1_megatron.errors import UserError
 from or1_megatron.parallel.layout import Entry, hf_shapes, stored_entries
 
 INDEX = "model.safetensors.index.json"
+_PIECE = 1 << 20  # bytes
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _IGNORED = ("rotary_emb.inv_freq",)  # a buffer that some exporters store
@@ -194,7 +195,7 @@ def write_hf(
             for name, tensor in tensors(entry):
                 slot = slots[name]
                 flat = tensor.to(slot.dtype).contiguous().view(-1).view(torch.uint8)
-                _write_at(slot.descriptor, flat.numpy().data, slot.offset)
+                _write_tensor(slot.descriptor, flat, slot.offset)
                 advance(bytes_of[name])
 
         run_all(write, table, num_threads)
@@ -259,6 +260,15 @@ def _header(
     text += b" " * (-len(text) % 8)
     first = 8 + len(text)
     return len(text).to_bytes(8, "little") + text, {name: first + start for name, start in starts.items()}
+
+
+def _write_tensor(descriptor: int, flat: torch.Tensor, offset: int) -> None:
+    """Writes bytes by way of a small buffer: a mapped file's page that must be fetched during a write would hold up the
+    other threads, which write to the same file."""
+    buffer = torch.empty(min(_PIECE, flat.numel()), dtype=torch.uint8)
+    for piece in flat.split(_PIECE):
+        _write_at(descriptor, buffer[: piece.numel()].copy_(piece).numpy().data, offset)
+        offset += piece.numel()
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
