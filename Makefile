@@ -52,11 +52,11 @@ else
 	$(BIN)/python -m pytest $(TEST_ARGS)
 endif
 
-# Everything about Slurm, on one that the tests start themselves: root and Debian's packages. About 15 minutes.
+# Everything about Slurm, on two that the tests start themselves: root and Debian's packages. Most of it waits for timers.
 test-slurm: setup
 	@if [ "$$(id -u)" = 0 ] && ! command -v slurmd >/dev/null && command -v apt-get >/dev/null; then \
 	  apt-get update -q && apt-get install -q -y --no-install-recommends slurm-wlm munge iproute2 shellcheck; fi
-	SLURM=full $(BIN)/python -m pytest tests/slurm $(TEST_ARGS)
+	SLURM=full $(BIN)/python -m pytest -n 2 --dist loadfile tests/slurm $(TEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

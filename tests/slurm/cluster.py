@@ -141,7 +141,9 @@ class Job:
         deadline = time.monotonic() + timeout_s
         hastened = 0.0
         while not reached():
-            assert time.monotonic() < deadline, f"not in {timeout_s} s: {what}\n{self.log}\n{self.tails()}"
+            assert time.monotonic() < deadline, (
+                f"not in {timeout_s} s: {what}\n{self.record()}\n{self.log}\n{self.tails()}"
+            )
             if self.show("JobState") == "PENDING" and time.monotonic() > hastened + 8:
                 hastened = time.monotonic()  # a requeued job waits for two minutes
                 self.cluster.login("scontrol", "update", f"JobId={self.id}", "StartTime=now")

@@ -52,6 +52,16 @@ def nothing_left(slurm: SlurmCluster, job: Job, names: list[str], timeout_s: flo
     assert not left, left
 
 
+def test_the_time_limit_comes_near(slurm: SlurmCluster, recipe: Path) -> None:
+    """Slurm's own USR1, a minute (and up to another one) before a limit of three: after the first steps, also where
+    Ray takes a minute to start."""
+    job = slurm.stub(recipe, *TWO_NODES, "--time=3", "--lead=1")
+    job.await_text("requeued", timeout_s=220)
+    assert "USR1: asking the run to save and end" in job.log and "saved step" in job.log
+    resumed(job)
+    job.cancel()
+
+
 def test_usr1_saves_and_requeues(slurm: SlurmCluster, job: Job) -> None:
     slurm.login("scancel", "--batch", "--signal=USR1", job.id)
     job.await_text("requeued")
@@ -108,16 +118,6 @@ def test_input_at_fault_is_not_tried_again(slurm: SlurmCluster, recipe: Path) ->
     job = slurm.stub(recipe, *TWO_NODES, STUB_FAIL="2")
     job.await_state("FAILED", timeout_s=120)
     assert job.show("Restarts") == "0" and job.show("ExitCode") == "2:0", job.log
-
-
-def test_the_time_limit_comes_near(slurm: SlurmCluster, recipe: Path) -> None:
-    """Slurm's own USR1, a minute (and up to another one) before a limit of three: after the first steps, also where
-    Ray takes a minute to start."""
-    job = slurm.stub(recipe, *TWO_NODES, "--time=3", "--lead=1")
-    job.await_text("requeued", timeout_s=220)
-    assert "USR1: asking the run to save and end" in job.log and "saved step" in job.log
-    resumed(job)
-    job.cancel()
 
 
 def test_a_silent_driver_is_ended(slurm: SlurmCluster, recipe: Path) -> None:
