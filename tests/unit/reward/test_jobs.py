@@ -34,7 +34,8 @@ def test_an_urgent_job_goes_before_its_worker_s_own_gold_answer() -> None:
 
 def test_a_group_is_checked_by_one_worker() -> None:
     """Two workers that are equally fast."""
-    jobs, golds = waiting("A" * 16 + "B" * 16 + "C" * 16 + "D" * 16), [None, None]
+    jobs = waiting("A" * 16 + "B" * 16 + "C" * 16 + "D" * 16)
+    golds: list[object] = [None, None]
     checked: dict[object, set[int]] = {}
     while jobs:
         for worker in range(2):
@@ -46,7 +47,8 @@ def test_a_group_is_checked_by_one_worker() -> None:
 
 @given(st.lists(st.sampled_from("ABCDE"), min_size=1, max_size=200), st.integers(1, 4))
 def test_none_is_lost_and_none_overtaken_by_many(golds: list[str], num_workers: int) -> None:
-    jobs, at_hand = waiting("".join(golds)), [None] * num_workers
+    jobs = waiting("".join(golds))
+    at_hand: list[object] = [None] * num_workers
     taken: list[int] = []
     while jobs:
         worker = len(taken) % num_workers
