@@ -91,7 +91,9 @@ def test_two_nodes_share_the_rows_and_give_the_same_bytes(tmp_path: Path, monkey
             found = {folder: next((tmp_path / folder).glob(f"keep_length-*/{table}")) for folder in ("here", "ray")}
             assert found["here"].read_bytes() == found["ray"].read_bytes()
         places: set[object] = set()
-        for _ in range(3):  # a scheduler that has not heard of the other node for a while keeps a process
+        for _ in range(10):  # a scheduler that has not heard of the other node for a while keeps a process
+            if len(places) == 2:
+                break
             with RayPool(cluster.address, Where, lambda: bytes, 0) as pool:
                 places |= {place for _, place in pool.map((number, b"") for number in range(20))}
         assert len(places) == 2, "one process on each node, as Ray counts its CPUs"
