@@ -1,8 +1,8 @@
 """glibc's malloc: when freed memory goes back to the machine. Other C libraries keep their own counsel.
 
 Left alone, malloc maps every large tensor anew and unmaps it when it is freed, so that each one's pages are faulted in
-and zeroed again: 230,000 faults, a tenth of an update of SmolLM2-135M in bf16. A rank keeps them instead, and gives
-them back at the times when others want the memory.
+and zeroed again at every update. A rank keeps them instead, and gives them back at the times when others want the
+memory.
 """
 
 from __future__ import annotations
