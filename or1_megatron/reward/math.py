@@ -9,13 +9,16 @@ group share them. Deadlines are the caller's business: Math-Verify's own rely on
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
+
+from or1_megatron.reward.contradictions import contradicts, is_exact
 
 MAX_ANSWER = 5_000  # characters; beyond it only an equal string is right
 _MANY_BRACKETS = 20
 _TOKENS = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _DIGIT_SPACE = re.compile(r"(?<=\d)(?:\\[,!;: ]|\{,\}|~)(?=\d{3}(?!\d))")  # 10\,000
+_LOOKS = re.compile(r"\\(?:boldsymbol|bm|mathbf)(?=\s*\{)|\\(?:text)?color\s*\{[A-Za-z]+\}")
 _REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\{(\d+)\}")
 _IN_BASE = re.compile(r"(-?[0-9A-Za-z.]+)_\{?(\d+)\}?")
 
@@ -80,13 +83,19 @@ def _equal(gold: str, answer: str, parsed: list[Any]) -> bool:
         return _value_in_base(in_base) == gold.strip()  # Math-Verify takes 10_2 for ten
     from math_verify import verify
 
-    golds = list(_parse_gold(gold))
+    compare = partial(verify, list(_parse_gold(gold)), parsed, float_rounding=_decimals(gold), timeout_seconds=None)
     try:
-        return bool(verify(golds, parsed, timeout_seconds=None, raise_on_error=True))
+        equal = bool(compare(raise_on_error=True))
     except MemoryError:
         raise
     except Exception:  # sympy raises nearly anything on strange input; another pair of readings may still agree
-        return bool(verify(golds, parsed, timeout_seconds=None))
+        equal = bool(compare())
+    return equal and not contradicts(gold, answer)
+
+
+def _decimals(gold: str) -> int:
+    """Decimals that have to agree: of a rounded gold answer Math-Verify's six, of an exact one twice as many."""
+    return 12 if is_exact(gold) else 6
 
 
 def _value_in_base(number: re.Match[str]) -> str:
@@ -100,7 +109,7 @@ def _value_in_base(number: re.Match[str]) -> str:
 def _parse(answer: str) -> list[Any]:
     from math_verify import parse
 
-    answer = _REPEATING.sub(_fraction, _DIGIT_SPACE.sub("", answer.removesuffix(".")))
+    answer = _REPEATING.sub(_fraction, _DIGIT_SPACE.sub("", _LOOKS.sub("", answer).rstrip(".;")))
     try:
         return parse(f"\\boxed{{{answer}}}", parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
     except MemoryError:

@@ -1,0 +1,58 @@
+"""What the rules call a contradiction, and that they keep silent about what they do not know."""
+
+from __future__ import annotations
+
+import pytest
+
+from or1_megatron.reward.contradictions import contradicts, is_exact
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("12 \\text{ cm}", "12 \\text{ m}"),
+        ("12\\mathrm{~cm}", "12\\mathrm{~cm}^{2}"),
+        ("12 cm^2", "12\\text{ cubic cm}"),
+        ("\\$12", "12\\text{ cents}"),
+        ("12^{\\circ}", "12\\text{ radians}"),
+        ("A", "a"),
+        ("5", "5..."),
+        ("5", "\\geq 5"),
+        ("x=1, y=2", "2, 1"),
+        ("\\{1,2\\}", "\\left( 1, 2 \\right)"),
+        ("1, 2", "[1, 2]"),
+    ],
+)
+def test_contradicts(gold: str, answer: str) -> None:
+    assert contradicts(gold, answer)
+    assert not contradicts(answer, answer)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer"),
+    [
+        ("12 \\text{ cm}", "12"),
+        ("12", "12 \\text{ cm}"),
+        ("12 \\text{ cm}", "12\\text{ centimetres}"),
+        ("12 \\text{ cm}^2", "12\\text{ square cm}"),
+        ("12 \\text{ apples}", "12 \\text{ fruits}"),
+        ("2 m + 3 h", "3 h + 2 m"),
+        ("330\\text{ min}", "5\\text{ h } 30\\text{ min}"),
+        ("\\text{Yes}", "\\text{yes}"),
+        ("0.333\\ldots", "0.333"),
+        ("0.333", "0.333\\ldots"),
+        ("\\ge 5", "\\geq 5"),
+        ("x=1, x=2", "2, 1"),
+        ("(1,2)", "1,2"),
+        ("\\{1,2\\}", "1,2"),
+        ("(1,2),(3,4)", "\\{(1,2),(3,4)\\}"),
+        ("1,000", "[1,000]"),
+        ("", ""),
+    ],
+)
+def test_keeps_silent(gold: str, answer: str) -> None:
+    assert not contradicts(gold, answer)
+
+
+def test_a_decimal_is_not_exact() -> None:
+    assert is_exact("\\frac{1}{7}") and is_exact("3.") and not is_exact("0.142857")
