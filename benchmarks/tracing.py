@@ -2,16 +2,19 @@
 
     python benchmarks/tracing.py [--quick] [--json FILE]
 
-The quickstart's model; every step has the same four problems and responses of full length, so that all do the same
-work; no learning (lr 1e-9), no rejection. A step `on` is one with profiling.trace_steps=20, a step `off` one with 0:
-ranks and engine record nothing, nothing is collected or written. A step lasts until the next one begins. Pairs of
-neighbours are compared, each order as often; beside it stands what a traced step does more, timed alone: its spans and
-counters, and the span `trace`.
+The quickstart with responses of full length, so that steps do the same work; no learning (lr 1e-9), no rejection. A
+step `on` is one with profiling.trace_steps=20, a step `off` one with 0: ranks and engine record nothing, nothing is
+collected or written. A step lasts until the next one begins. Few steps have the quickstart's size: they say how long
+such a step takes and how many spans and counters it has. Many short ones follow, of one problem and four responses,
+because the machine's noise grows with a step's length and tracing does not: pairs of neighbours are compared, each
+order as often, and what a traced one takes more is put in relation to the quickstart's step, by the number of its spans
+and counters. Beside it stands what a traced step does more, timed alone: its spans, and the span `trace`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import statistics
@@ -40,7 +43,8 @@ from or1_megatron.timeline import Timeline  # noqa: E402
 from or1_megatron.train import magic  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-PROMPTS, WARM_UP = 4, 2
+WARM_UP, WHOLE = 2, 6  # steps that do not count, steps of the quickstart's size
+SHORT = {"rollout_batch_size": 1, "group_size": 4}
 LIMIT = 0.01
 
 
@@ -56,7 +60,7 @@ class InTurns(Timeline):
         self._all = [*cluster._ranks, *cluster._engines]
         self._processes = [psutil.Process(pid) for pid in [os.getpid(), *cluster.ask("ping").values()]]
         self.begun: dict[int, tuple[float, float]] = {}  # step -> seconds on the clock, CPU seconds of all processes
-        self.records: list[int] = []  # spans and counters of each traced step
+        self.records: dict[int, int] = {}  # traced step -> its spans and counters
 
     def begin(self, step: int) -> None:
         cpu = sum(sum(process.cpu_times()[:2]) for process in self._processes)
@@ -68,7 +72,7 @@ class InTurns(Timeline):
     def end(self, step: int) -> dict[str, Any]:
         if traced(step):
             found = super().end(step)
-            self.records.append(sum(_size(record) for record in self._steps[-1].values()))
+            self.records[step] = sum(_size(record) for record in self._steps[-1].values())
             return found
         self._driver.drain()
         self._rewards.spans.clear()
@@ -100,10 +104,9 @@ def span_seconds(count: int = 20_000) -> float:
 def run_in_turns(scratch: Path, model: Path, steps: int) -> tuple[InTurns, list[dict[str, Any]]]:
     """A whole run; its timeline and its metrics."""
     write_addition_problems(scratch / "all.jsonl", scratch / "held_out.jsonl", seed=0)
-    lines = (scratch / "all.jsonl").read_text().splitlines()[:PROMPTS]
-    (scratch / "train.jsonl").write_text("\n".join(lines) + "\n")
+    stages = [{"until": WARM_UP + WHOLE}, {"until": steps, **SHORT}]
     words = [
-        f"model.path={model}", f"data.train=[{scratch}/train.jsonl]", f"rollout.rollout_batch_size={PROMPTS}",
+        f"model.path={model}", f"data.train=[{scratch}/all.jsonl]", f"stages={json.dumps(stages)}",
         "optimizer.lr=1e-9", "loss.rejection=false", "rollout.stop=[]", "evaluation.files=[]", f"steps={steps}",
         f"run_dir={scratch}/run",
     ]  # fmt: skip
@@ -133,36 +136,43 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def report(bench: Benchmark, timeline: InTurns, metrics: list[dict[str, Any]], last: int) -> None:
-    steps = range(WARM_UP, last)
-    off = {}
+    whole, short = range(WARM_UP, WARM_UP + WHOLE), range(WARM_UP + WHOLE + 2, last)
+    records = [statistics.median(timeline.records[n] for n in steps if traced(n)) for steps in (whole, short)]
     for name, place in (("wall", 0), ("CPU", 1)):
-        took = {step: timeline.begun[step + 1][place] - timeline.begun[step][place] for step in steps}
-        bench.recorded(f"{name}, on", [took[step] for step in steps if traced(step)], unit="steps")
-        off[name] = bench.recorded(f"{name}, off", [took[step] for step in steps if not traced(step)], unit="steps")
-        pairs = [tuple(sorted((first, first + 1), key=traced)) for first in steps[:-1:2]]
-        more = [took[on] - took[without] for without, on in pairs]
-        low, high = interval(more)
-        middle, whole = statistics.median(more), off[name].median
+        took = {n: timeline.begun[n + 1][place] - timeline.begun[n][place] for n in (*whole, *short)}
+        for size, steps in (("whole", whole), ("short", short)):
+            bench.recorded(f"{size}, {name}, on", [took[n] for n in steps if traced(n)], unit="steps")
+            bench.recorded(f"{size}, {name}, off", [took[n] for n in steps if not traced(n)], unit="steps")
+        pairs = [tuple(sorted((first, first + 1), key=traced)) for first in short[:-1:2]]
+        more = [took[on] - took[off] for off, on in pairs]
+        of_whole = records[0] / records[1] / statistics.median(took[n] for n in whole if not traced(n))
+        middle, (low, high) = statistics.median(more), interval(more)
         bench.note(
-            f"{name}: a traced step takes {middle:+.3f} s more, {middle / whole:+.2%}; 95 % of the medians of "
-            f"{len(more)} pairs are between {low / whole:+.2%} and {high / whole:+.2%}"
+            f"{name}: a short step takes {1000 * middle:+.1f} ms more when traced ({1000 * low:+.1f} to "
+            f"{1000 * high:+.1f} are 95 % of the medians of {len(more)} pairs) for {records[1]:.0f} records; "
+            f"the quickstart's has {records[0]:.0f}: {middle * of_whole:+.2%} of it ({low * of_whole:+.2%} to "
+            f"{high * of_whole:+.2%})"
         )
-        bench.mark(f"tracing_{name}_paired", lambda share=middle / whole: share, LIMIT, "lower")
+        bench.mark(f"tracing_{name}_paired", lambda share=middle * of_whole: share, LIMIT, "lower")
+        if name == "wall":
+            report_alone(bench, records[0], metrics, statistics.median(took[n] for n in whole if not traced(n)))
+
+
+def report_alone(bench: Benchmark, records: float, metrics: list[dict[str, Any]], step_seconds: float) -> None:
     tracing = [row["seconds/trace"] for row in metrics if "seconds/trace" in row]
-    records, each = statistics.median(timeline.records), span_seconds()
-    seconds = records * each + statistics.median(tracing)
+    each = span_seconds()
+    share = (records * each + statistics.median(tracing)) / step_seconds
     bench.note(
-        f"alone: {records:.0f} spans and counters a step of {1e6 * each:.2f} us, and "
-        f"{statistics.median(tracing):.4f} s (at most {max(tracing):.4f}) to collect and write them: "
-        f"{seconds / off['wall'].median:.2%}"
+        f"alone: {records:.0f} records of {1e6 * each:.2f} us, and {statistics.median(tracing):.4f} s (at most "
+        f"{max(tracing):.4f}) to collect and write them: {share:.2%} of a step of {step_seconds:.1f} s"
     )
-    bench.mark("tracing_alone", lambda: seconds / off["wall"].median, LIMIT, "lower")
+    bench.mark("tracing_alone", lambda: share, LIMIT, "lower")
 
 
 def build(bench: Benchmark, quick: bool) -> None:
     model = fetch_smollm2(ROOT / ".cache" / "models").absolute()
     scratch = Path(bench.stack.enter_context(tempfile.TemporaryDirectory(prefix="or1-bench-")))
-    last = WARM_UP + (4 if quick else 80)  # of whose end nothing is told: it saves a checkpoint
+    last = WARM_UP + WHOLE + 2 + (4 if quick else 240)  # of whose end nothing is told: it saves a checkpoint
     timeline, metrics = run_in_turns(scratch, model, last)
     report(bench, timeline, metrics, last)
 
