@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from harness import Benchmark, main
+from models.qwen2 import QWEN_1_5B, qwen2_config, qwen_7b
 
 from or1_megatron.architecture import Architecture, parse_architecture
 from or1_megatron.convert import hf_to_megatron, megatron_to_hf
@@ -35,11 +36,7 @@ from or1_megatron.parallel.hf_files import write_hf
 from or1_megatron.parallel.layout import Entry, entries, hf_shapes, shard, shard_into, unshard
 
 TP = 4
-SIZES = {  # hidden, FFN, layers, heads, KV heads, vocabulary, tied
-    "0.1B": (896, 4864, 6, 14, 2, 65536, True),
-    "1.5B": (1536, 8960, 28, 12, 2, 151936, True),
-    "7B": (3584, 18944, 28, 28, 4, 152064, False),
-}
+SIZES = {"0.1B": qwen2_config(896, 4864, 6, 14, 2, 65_536, tied=True), "1.5B": QWEN_1_5B}
 PEAK = """
 import re, sys, pathlib
 from or1_megatron.convert import hf_to_megatron, megatron_to_hf
@@ -54,22 +51,6 @@ for convert in (
 """
 
 
-def config_of(size: str) -> dict[str, Any]:
-    hidden, ffn, layers, heads, kv_heads, vocab, tied = SIZES[size]
-    return {
-        "model_type": "qwen2",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": vocab,
-        "tie_word_embeddings": tied,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-    }
-
-
 def random_tensor(shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randint(-(2**15), 2**15, shape, dtype=torch.int16).view(torch.bfloat16)
 
@@ -81,8 +62,8 @@ def same(x: torch.Tensor, y: torch.Tensor) -> bool:
 def write_model(directory: Path, size: str) -> int:
     """A random HF directory; the bytes of its weights."""
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(config_of(size)))
-    architecture = parse_architecture(config_of(size), size)
+    (directory / "config.json").write_text(json.dumps(SIZES[size]))
+    architecture = parse_architecture(SIZES[size], size)
     shapes = hf_shapes(architecture)
 
     def tensors(entry: Entry) -> list[tuple[str, torch.Tensor]]:
@@ -167,7 +148,7 @@ def merge(architecture: Architecture, table: list[Entry], shards: dict) -> dict[
 
 
 def build_layer(bench: Benchmark) -> None:
-    architecture = parse_architecture(config_of("7B"), "7B")
+    architecture = parse_architecture(qwen_7b(), "7B")
     table = [entry for entry in entries(architecture, fused_norms=True).values() if entry.layer == 0]
     shapes = hf_shapes(architecture)
     tensors = {name: random_tensor(shapes[name]) for entry in table for name in entry.hf}
@@ -202,7 +183,7 @@ def build_directories(bench: Benchmark, quick: bool) -> None:
     root = Path(bench.stack.enter_context(tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".convert-")))
     size = "0.1B" if quick else "1.5B"
     amount = write_model(root / "hf", size) / 1e9
-    architecture = parse_architecture(config_of(size), size)
+    architecture = parse_architecture(SIZES[size], size)
     largest = max(2 * prod(shape) for shape in hf_shapes(architecture).values())
     peaks = peak_bytes(root)
     shutil.rmtree(root / "back")

@@ -33,6 +33,7 @@ import torch.multiprocessing
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's own programs: launch/ is not installed
 
 from benchmarks.harness import Benchmark, Case, main  # noqa: E402
+from benchmarks.models.qwen2 import QWEN_1_5B  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron.architecture import read_architecture  # noqa: E402
 from or1_megatron.parallel import device, shared_memory  # noqa: E402
@@ -43,22 +44,6 @@ from or1_megatron.recipe import from_tree  # noqa: E402
 
 BUCKET_BYTES = 128 * 2**20
 WAITING_TENSORS = 8  # of the peer; without a limit a fast sender would fill the memory
-QWEN_1_5B = {
-    "model_type": "qwen2",
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 1536,
-    "intermediate_size": 8960,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 2,
-    "vocab_size": 151936,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32768,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-}
 
 
 def _rank(

@@ -11,9 +11,10 @@ import re
 
 _BLANK = re.compile(r"(?:\\[ ,;:!]|[~\s])+")
 _UNIT = re.compile(
-    r"(?:\\(?:text|textrm|mathrm|mbox) ?\{([^{}]*)\}|(?<=[\d ])([A-Za-z]+(?:/[a-z]+)?)(?![A-Za-z])) ?(?:\^[ {]*(\d))?"
+    r"(?:\\(?:text|textrm|mathrm|mbox) ?\{([^{}]*)\}|(?<=[\d ])([A-Za-z]+(?:/[a-z]+)?)(?![A-Za-z]))"
+    r" ?(?:\^[ {]*(\d)|([²³]))?"
 )
-_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cubed": 3}
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "²": 2, "cubic": 3, "cubed": 3, "³": 3}
 _UNITS = {
     name: names.split()[0]
     for names in (
@@ -52,7 +53,7 @@ _UNITS = {
     )
     for name in names.split()
 }
-_BOUND = re.compile(r"\s*(?:\\(?:leq?|geq?|neq?|neg|lt|gt|less|more)(?![A-Za-z])|[<>≤≥≠])")
+_BOUND = re.compile(r"\\(?:leq?|geq?|neq?|neg|lt|gt)(?![A-Za-z])|[<>≤≥≠]")
 _DOTS = re.compile(r"(?:\\[lc]?dots|\.\.\.|…)\s*$")
 _DECIMAL = re.compile(r"\.\d")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\[,;:! ]|\s")
@@ -83,13 +84,12 @@ def _units_differ(gold: str, answer: str) -> bool:
 
 def _units(answer: str) -> list[tuple[str, int]]:
     """The units that are known, with their powers; degrees and dollars also as signs. Sorted: a sum has no order."""
-    if answer.rstrip().endswith((r"^\circ", r"^{\circ}")):
-        return [("degree", 1)]
-    if answer.lstrip().startswith((r"\$", "$")):
-        return [("dollar", 1)]
-    found = []
-    for text, bare, power in _UNIT.findall(_BLANK.sub(" ", answer)):
-        words = (text or bare).replace(".", " ").split()
+    text = _BLANK.sub(" ", answer).strip()
+    found = [("degree", 1)] if text.endswith((r"^\circ", r"^{\circ}")) else []
+    if text.startswith(r"\$") or (text.startswith("$") and text.count("$") == 1):
+        found.append(("dollar", 1))
+    for inside, bare, power, sign in _UNIT.findall(text):
+        words = [*(inside or bare).replace(".", " ").split(), *sign]
         named = [_UNITS.get(word) or _UNITS.get(word.lower()) for word in words if word not in _POWERS]
         if len(named) == 1 and named[0] is not None:
             found.append((named[0], int(power or next((_POWERS[word] for word in words if word in _POWERS), 1))))
@@ -107,7 +107,7 @@ def _is_cut_short(gold: str, answer: str) -> bool:
 
 def _is_a_bound(gold: str, answer: str) -> bool:
     """`\\le 5` for 5."""
-    return bool(_BOUND.match(answer)) and not _BOUND.match(gold)
+    return bool(_BOUND.match(answer.strip())) and not _BOUND.search(gold)
 
 
 def _order_differs(gold: str, answer: str) -> bool:
