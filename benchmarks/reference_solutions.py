@@ -29,8 +29,8 @@ from or1_megatron.types import Verdict
 
 FOLDER = Path(os.environ.get("OR1_PROBLEMS") or Path(__file__).resolve().parents[2] / "shared" / "data")
 CONFIG = RewardConfig(num_workers=2)
-# Its expected order is the one in which a set of strings was iterated: a matter of the hash seed, so for a checker.
-NEEDS_CHECKER = frozenset({"word-ladder-ii"})
+# Any order is right; the solution's is the one in which it iterates over a set of strings, a matter of the hash seed.
+CHECKERS = {"word-ladder-ii": "def check(input, output, expected): return sorted(output) == sorted(expected)"}
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def mbpp() -> Iterator[Reference]:
 def leetcode() -> Iterator[Reference]:
     for row in _rows("leetcode/LeetCodeDataset-v0.2.0-train.jsonl.gz"):
         tests = {key: row[key] for key in ("prompt", "test", "entry_point")}
+        tests["checker"] = CHECKERS.get(row["task_id"], "")
         name = row["entry_point"].rpartition(".")[2]
-        if row["task_id"] not in NEEDS_CHECKER:
-            yield Reference(row["task_id"], row["completion"], name, json.dumps(tests))
+        yield Reference(row["task_id"], row["completion"], name, json.dumps(tests))
 
 
 SETS: dict[str, tuple[str, Callable[[], Iterator[Reference]]]] = {

@@ -7,7 +7,7 @@ A gold answer, or several: math. A JSON object (or list) of one of these forms: 
     {"test" | "test_code", "entry_point", "prompt" | "import_prefix"?}   HumanEval, LeetCode, Skywork-OR1
     {"test_list" | "assert_case": [assertion, ...], "test_setup_code"?}  MBPP, Skywork-OR1
 
-The first may hold "checker", a program that defines check(input, output, expected) -> bool.
+The first and the third may hold "checker", a program that defines check(input, output, expected) -> bool.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _read(row: Any) -> CodeTests | None:
     test = row.get("test") or row.get("test_code")
     if test and row.get("entry_point"):
         prelude = str(row.get("import_prefix") or row.get("prompt") or "")
-        return CodeTests(assertions=(str(test),), entry_point=row["entry_point"], prelude=prelude)
+        return CodeTests(assertions=(str(test),), entry_point=row["entry_point"], prelude=prelude, checker=checker)
     listed = row.get("test_list") or row.get("assert_case")
     if isinstance(listed, list):
         setup = [row["test_setup_code"]] if row.get("test_setup_code") and listed else []

@@ -1,12 +1,13 @@
 """The process that holds the tests of a problem and asks the solution's process, which does not. Also sandboxed: tests
 come out of data sets. Its verdict is one JSON line on a descriptor that only it has.
 
-    {"kind": "assert", "prelude", "entry_point", "tests": [code, ...]}      HumanEval, MBPP, LeetCode
-    {"kind": "call", "function", "calls": [[args, expected], ...], "checker"}   APPS, TACO, LiveCodeBench
-    {"kind": "check", "checker", "input", "output", "expected"}                one run of a stdin program
+    {"kind": "assert", "prelude", "entry_point", "tests": [code, ...], "checker"}   HumanEval, MBPP, LeetCode
+    {"kind": "call", "function", "calls": [[args, expected], ...], "checker"}       APPS, TACO, LiveCodeBench
+    {"kind": "check", "checker", "input", "output", "expected"}                    one run of a stdin program
 
 A checker is a program that defines check(input, output, expected) -> bool, for problems with several valid outputs;
-for calls `input` is the list of arguments. It passes only by returning True itself.
+`input` is the list of arguments where a function is called, and `expected` what an assertion compares the result with.
+It passes only by returning True itself.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ def _assertions(payload: dict[str, Any], session: Session) -> tuple[str, str]:
         overridden = _overridden("\n".join(payload["tests"]))
     except (SyntaxError, ValueError) as error:
         raise BrokenTests(f"{type(error).__name__}: {error}") from None
+    checker = _checker(payload.get("checker"))
     if overridden:
         overridden = session.ask("defined", sorted(overridden))
         if not overridden:
@@ -68,6 +70,8 @@ def _assertions(payload: dict[str, Any], session: Session) -> tuple[str, str]:
         candidate = session.ask("evaluate", entry_point)
         if not isinstance(candidate, Remote):
             return "wrong", f"{entry_point} is not a function"
+        if checker:
+            candidate = Checked(candidate, checker)
         if root == entry_point:
             namespace[root] = candidate
     for number, program in enumerate(programs):
@@ -81,6 +85,32 @@ def _assertions(payload: dict[str, Any], session: Session) -> tuple[str, str]:
     if not session.num_calls:
         raise BrokenTests("they never call the solution")
     return "correct", ""
+
+
+class Checked:
+    """The function under test where a checker judges: its result equals what the checker accepts, and nothing else."""
+
+    def __init__(self, function: Remote, check: Any):
+        self._function, self._check = function, check
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Judged:
+        arguments = [*args, *kwargs.values()]
+        return Judged(arguments, _plain(self._function(*args, **kwargs)), self._check)
+
+
+class Judged:
+    """A result that assertions compare by the checker."""
+
+    def __init__(self, arguments: list[Any], result: Any, check: Any):
+        self._arguments, self._result, self._check = arguments, result, check
+
+    def __eq__(self, expected: object) -> bool:
+        return self._check(self._arguments, self._result, expected) is True
+
+    def __bool__(self) -> bool:
+        raise BrokenTests("with a checker they have to compare results by ==")
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def _overridden(tests: str) -> frozenset[str]:

@@ -32,10 +32,10 @@ def test_scores_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     file, out = write(tmp_path / "rows.jsonl", [*ROWS, CODE]), tmp_path / "out.jsonl"
     assert cli.main(["verify", file, "--out", str(out), "--workers", "1", "--require-isolation", "rlimits"]) == 0
     names = [json.loads(line)["verdict"] for line in out.read_text().splitlines()]
-    assert names == ["correct", "wrong", "correct", "unparsable", "correct", "correct"]
+    assert names == ["correct", "wrong", "correct", "unparsable", "wrong", "correct"]
     text = capsys.readouterr().out
     assert "isolation of tested code: " in text
-    assert "against 5 judgements by hand: 1 wrong answers accepted, 0 right ones refused" in text
+    assert "against 5 judgements by hand: 0 wrong answers accepted, 0 right ones refused" in text
 
 
 def test_parquet_is_read_like_lines(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_comparison_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureF
     for name, known in NAMED.items():
         assert (f"{name}: not here; or1 verify --compare --install, or pip install" in text) == bool(known.packages)
     rows = {line.split()[0]: line.split() for line in text.splitlines() if "+" in line}
-    assert rows["or1"][1:4] == ["1", "0", "0"] and rows["Math-Verify"][2:5] == ["1", "0", "0"]
+    assert rows["or1"][1:4] == ["0", "0", "0"] and rows["Math-Verify"][2:5] == ["1", "0", "0"]
     assert plot.stat().st_size > 5000
 
 

@@ -101,6 +101,11 @@ ANY_PAIR = {
     "inputs": [[[1, 2, 3], 4]], "outputs": [[0, 2]], "fn_name": "two",
     "checker": "def check(given, output, expected):\n    return sum(given[0][i] for i in output) == given[1]",
 }  # fmt: skip
+ANY_ORDER = {
+    "test": "def check(candidate):\n    assert candidate([3, 1], k=2) == [6, 2]\n    assert candidate([], k=2) == []",
+    "entry_point": "Solution().scale",
+    "checker": "def check(given, output, expected):\n    return given[1] == 2 and sorted(output) == sorted(expected)",
+}
 
 VERDICTS = [
     ("program", "print(2 * int(input()))", DOUBLE, "correct"),
@@ -151,6 +156,13 @@ VERDICTS = [
     ("many roots, no number", "print('True')", ANY_ROOT, "wrong"),
     ("many pairs", "def two(a, t): return [2, 0]", ANY_PAIR, "correct"),
     ("many pairs, none", "def two(a, t): return [0, 1]", ANY_PAIR, "wrong"),
+    ("any order", "class Solution:\n    def scale(self, a, k): return [k * x for x in a[::-1]]", ANY_ORDER, "correct"),
+    ("any order, wrong", "class Solution:\n    def scale(self, a, k): return a", ANY_ORDER, "wrong"),
+    ("any order, not a list", "class Solution:\n    def scale(self, a, k): return True", ANY_ORDER, "wrong"),
+    ("any order, equal to everything", "class E(list):\n    __eq__ = lambda self, other: True\n"
+     "class Solution:\n    def scale(self, a, k): return E([0])", ANY_ORDER, "wrong"),
+    ("a checker without a comparison", "def f(x): return 1", {"test": "def check(f):\n    assert f(1)",
+     "entry_point": "f", "checker": "def check(given, output, expected): return True"}, "infrastructure_error"),
     ("tests never call", "def f(x): return 1", {"test_list": ["assert True"]}, "infrastructure_error"),
     ("tests do not compile", "def f(x): return 1", {"test_list": ["assert f(1"]}, "infrastructure_error"),
     ("checker fails", "print(2)", {**ANY_ROOT, "checker": "import nothing_of_the_kind"}, "infrastructure_error"),
