@@ -22,6 +22,7 @@ from pathlib import Path
 
 from harness import Benchmark, main
 
+from or1_megatron.data.benchmarks import checked_function
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
 from or1_megatron.sections import RewardConfig
@@ -48,10 +49,8 @@ class Reference:
 
 def humaneval() -> Iterator[Reference]:
     for row in _rows("humaneval/HumanEval.jsonl.gz"):
-        tests = {key: row[key] for key in ("prompt", "test", "entry_point")}
-        yield Reference(
-            row["task_id"], row["prompt"] + row["canonical_solution"], row["entry_point"], json.dumps(tests)
-        )
+        solution = row["prompt"] + row["canonical_solution"]
+        yield Reference(row["task_id"], solution, row["entry_point"], json.dumps(checked_function(row)))
 
 
 def mbpp() -> Iterator[Reference]:
@@ -64,8 +63,9 @@ def mbpp() -> Iterator[Reference]:
 
 def leetcode() -> Iterator[Reference]:
     for row in _rows("leetcode/LeetCodeDataset-v0.2.0-train.jsonl.gz"):
-        tests = {key: row[key] for key in ("prompt", "test", "entry_point")}
-        tests["checker"] = CHECKERS.get(row["task_id"], "")
+        tests = checked_function(row)
+        if row["task_id"] in CHECKERS:
+            tests["checker"] = CHECKERS[row["task_id"]]
         name = row["entry_point"].rpartition(".")[2]
         yield Reference(row["task_id"], row["completion"], name, json.dumps(tests))
 
@@ -128,6 +128,12 @@ def spoiled(reference: Reference, way: str = _SPOIL) -> str:
     """The solution with results that are always a little wrong."""
     name = f"Solution.{reference.function}" if "class Solution" in reference.solution else reference.function
     return f"{reference.solution}\n{way}\n{name} = _spoiled({name})\n"
+
+
+def reordered(reference: Reference) -> str:
+    """The solution with lists turned round."""
+    way = "def _spoiled(f): return lambda *a, **k: (lambda r: r[::-1] if isinstance(r, list) else r)(f(*a, **k))"
+    return spoiled(reference, way)
 
 
 def forged(reference: Reference) -> str:

@@ -8,6 +8,7 @@ and answer, HumanEval's and LeetCode's tests, MBPP's assertions.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,13 @@ from or1_megatron.data.rows import BadRow, hub_files, is_hub_name, is_row_file, 
 from or1_megatron.errors import UserError
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+_ANY_ORDER = re.compile(r"\b(?:return|output|answer)[^.\n]*\bin any order\b", re.IGNORECASE)
+_COMPARISON = re.compile(r"\s*(?:def check\(candidate\):|assert candidate\(.*\) == .*|)\s*")
+_SORTED = """def check(input, output, expected):
+    if isinstance(output, list) and isinstance(expected, list):
+        return sorted(output, key=repr) == sorted(expected, key=repr)
+    return output == expected
+"""
 
 # name -> file below the folder, which of its rows
 _NAMED: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
@@ -95,8 +103,15 @@ def problem(place: str, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked_function(row: dict[str, Any]) -> dict[str, Any]:
-    """The tests of HumanEval and LeetCode: a check(candidate) of the function that the prompt begins."""
-    return {key: row[key] for key in ("prompt", "test", "entry_point")}
+    """The tests of HumanEval and LeetCode: a check(candidate) of the function that the prompt begins.
+
+    Where LeetCode takes the result in any order, the tests have one of them: then with a checker.
+    """
+    tests = {key: row[key] for key in ("prompt", "test", "entry_point")}
+    asked = str(row.get("problem_description") or row.get("query") or "")
+    if _ANY_ORDER.search(asked) and all(_COMPARISON.fullmatch(line) for line in str(row["test"]).splitlines()):
+        tests["checker"] = _SORTED
+    return tests
 
 
 def _chat(content: str, ground_truth: str) -> dict[str, Any]:

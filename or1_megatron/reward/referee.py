@@ -105,7 +105,7 @@ class Judged:
         self._arguments, self._result, self._check = arguments, result, check
 
     def __eq__(self, expected: object) -> bool:
-        return self._check(self._arguments, self._result, expected) is True
+        return self._check(self._arguments, self._result, _plain(expected)) is True
 
     def __bool__(self) -> bool:
         raise BrokenTests("with a checker they have to compare results by ==")

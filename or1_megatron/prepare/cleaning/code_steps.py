@@ -112,5 +112,5 @@ def _solutions(row: Row, most: int) -> list[str]:
 
 STEPS: tuple[Step, ...] = (
     RowStep("drop_bad_tests", DropBadTests, _drop_bad_tests),
-    TableStep("reference_solutions", ReferenceSolutions, _reference_solutions),
+    TableStep("reference_solutions", ReferenceSolutions, _reference_solutions, version=2),  # 2: checkers of functions
 )

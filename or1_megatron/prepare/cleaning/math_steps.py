@@ -247,5 +247,5 @@ STEPS: tuple[Step, ...] = (
     RowStep("drop_links_and_figures", DropLinksAndFigures, _drop_links_and_figures),
     RowStep("drop_proofs", DropProofs, _drop_proofs),
     RowStep("answer_types", AnswerTypes, _answer_types),
-    TableStep("reextract", Reextract, _reextract),
+    TableStep("reextract", Reextract, _reextract, version=2),  # 2: answers that contradict each other differ
 )

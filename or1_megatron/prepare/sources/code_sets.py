@@ -159,6 +159,7 @@ CODE_SCHEMAS = (
         hub="newfacade/LeetCodeDataset:LeetCodeDataset-train.jsonl",
         subset="difficulty",
         home="newfacade/LeetCodeDataset",
+        version=2,  # 2: checkers where the result may come in any order
     ),
     Schema(
         "taco",

@@ -195,6 +195,6 @@ def _apps_folder(folder: Path) -> dict[str, Any] | BadRow:
 
 
 STEPS = tuple(
-    SourceStep(schema.name, SourceOptions, partial(source_files, schema), partial(read_source, schema))
+    SourceStep(schema.name, SourceOptions, partial(source_files, schema), partial(read_source, schema), schema.version)
     for schema in SCHEMAS.values()
 )

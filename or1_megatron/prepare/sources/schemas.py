@@ -51,6 +51,7 @@ class Schema:
     home: str = ""  # where it comes from when that is not the hub
     subset: str = ""  # the field that says which part of the set a row belongs to; may lie inside of `meta`
     named_by_subset: bool = False  # the rows' source is NAME-SUBSET
+    version: int = 1  # of its step: see SourceStep
 
     def read(self, row: dict[str, Any]) -> Problem | None:
         """None when no form fits. Raises Unusable."""

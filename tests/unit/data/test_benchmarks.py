@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from reference_solutions import FOLDER
 
-from or1_megatron.data.benchmarks import INSTRUCTION, NAMES, benchmark_rows
+from or1_megatron.data.benchmarks import INSTRUCTION, NAMES, benchmark_rows, checked_function
 from or1_megatron.errors import UserError
 from or1_megatron.reward.problem import code_tests
 
@@ -63,3 +63,25 @@ def test_bad_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"data set openai/gsm8k could not be had from the hub .* without network"):
         list(benchmark_rows("openai/gsm8k", None))
+
+
+PLAIN = "def check(candidate):\n    assert candidate(n = 1) == [1, 2]\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "test", "checked"),
+    [
+        ("You can return the answer in any order.", PLAIN, True),
+        ("Return it. You may finish the tasks in any order.", PLAIN, False),
+        ("Return the paths in any order.", "def check(candidate):\n    assert same(candidate(n = 1), [1, 2])\n", False),
+    ],
+)
+def test_a_checker_where_any_order_will_do(asked: str, test: str, checked: bool):
+    tests = checked_function({"prompt": "", "test": test, "entry_point": "f", "query": asked})
+    assert ("checker" in tests) == checked
+    if checked:
+        names: dict = {}
+        exec(tests["checker"], names)
+        check = names["check"]
+        assert check([], [2, 1], [1, 2]) and check([], [[2], "a"], ["a", [2]]) and check([], "ab", "ab")
+        assert not check([], [2, 2], [1, 2]) and not check([], "ba", "ab") and not check([], [1], 1)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 
 import pytest
-from reference_solutions import FOLDER, SETS, Reference, forged, references, spoiled, verdicts
+from reference_solutions import FOLDER, SETS, Reference, forged, references, reordered, spoiled, verdicts
 
 from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
@@ -36,6 +36,19 @@ def test_references_pass_and_mutants_fail(service: RewardService, name: str) -> 
         tasks = [item.task(change(item) if change else item.solution) for item in few]
         found = zip(few, verdicts(service, tasks), strict=True)
         assert [(item.name, verdict) for item, verdict in found if verdict.name != expected] == []
+
+
+def test_any_order_where_the_problem_says_so(service: RewardService) -> None:
+    found = references("LeetCode")
+    if found is None:
+        pytest.skip("the problems of LeetCode are not on this machine")
+    free = [item for item in found if "checker" in json.loads(item.tests)]
+    assert len(free) >= 40 and {"two-sum", "4sum", "word-ladder-ii"} <= {item.name for item in free}
+    for item, verdict in zip(free, verdicts(service, [item.task(reordered(item)) for item in free]), strict=True):
+        recursive = item.solution.count(f"{item.function}(") > 1
+        assert verdict.name == "correct" or recursive, item.name
+    fixed = next(item for item in found if item.name == "reveal-cards-in-increasing-order")
+    assert [verdict.name for verdict in verdicts(service, [fixed.task(reordered(fixed))])] == ["wrong"]
 
 
 @pytest.mark.parametrize("number", ["0001", "0111", "2287", "2404", "4184"])
