@@ -18,6 +18,10 @@ from or1_megatron.errors import UserError
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 _ANY_ORDER = re.compile(r"\b(?:return|output|answer)[^.\n]*\bin any order\b", re.IGNORECASE)
+_FREE_INSIDE = (  # any order within the two lists of the result, not of these
+    "find-the-difference-of-two-arrays",
+    "find-critical-and-pseudo-critical-edges-in-minimum-spanning-tree",
+)
 _COMPARISON = re.compile(r"\s*(?:def check\(candidate\):|assert candidate\(.*\) == .*|)\s*")
 _SORTED = """def check(input, output, expected):
     if isinstance(output, list) and isinstance(expected, list):
@@ -109,7 +113,8 @@ def checked_function(row: dict[str, Any]) -> dict[str, Any]:
     """
     tests = {key: row[key] for key in ("prompt", "test", "entry_point")}
     asked = str(row.get("problem_description") or row.get("query") or "")
-    if _ANY_ORDER.search(asked) and all(_COMPARISON.fullmatch(line) for line in str(row["test"]).splitlines()):
+    is_free = _ANY_ORDER.search(asked) and row.get("task_id") not in _FREE_INSIDE
+    if is_free and all(_COMPARISON.fullmatch(line) for line in str(row["test"]).splitlines()):
         tests["checker"] = _SORTED
     return tests
 

@@ -1,121 +1,95 @@
 r"""What Math-Verify overlooks in a pair it takes for equal: units, brackets, bounds, names, letter case, dots.
 
 It reads `12\text{ m}` as 12, `\{1,2\}` as `(1,2)`, `\le 5` as 5, `a` as `A` and `5\ldots` as 5. The rules look at the
-text alone and say only that two answers differ, never that they agree: a unit they do not know, or one that a side
-leaves out, contradicts nothing.
+text alone and say only that two answers differ, never that they agree; what they cannot read contradicts nothing.
 """
 
 from __future__ import annotations
 
 import re
 
-_BLANK = re.compile(r"(?:\\[ ,;:!]|[~\s])+")
-_UNIT = re.compile(
-    r"(?:\\(?:text|textrm|mathrm|mbox) ?\{([^{}]*)\}|(?<=[\d ])([A-Za-z]+(?:/[a-z]+)?)(?![A-Za-z]))"
-    r" ?(?:\^[ {]*(\d)|([²³]))?"
-)
-_POWERS = {"square": 2, "sq": 2, "squared": 2, "²": 2, "cubic": 3, "cubed": 3, "³": 3}
-_UNITS = {
-    name: names.split()[0]
-    for names in (
-        "mm millimeter millimeters millimetre millimetres",
-        "cm centimeter centimeters centimetre centimetres",
-        "m meter meters metre metres",
-        "km kilometer kilometers kilometre kilometres",
-        "in inch inches",
-        "ft foot feet",
-        "yd yard yards",
-        "mi mile miles",
-        "s sec second seconds",
-        "min minute minutes",
-        "h hr hour hours",
-        "day days",
-        "week weeks",
-        "month months",
-        "year years",
-        "mg milligram milligrams",
-        "g gram grams",
-        "kg kilogram kilograms",
-        "oz ounce ounces",
-        "lb lbs pound pounds",
-        "ml mL milliliter milliliters",
-        "l L liter liters litre litres",
-        "cent cents",
-        "dollar dollars",
-        "m/s",
-        "km/h kmh kph",
-        "mph mi/h",
-        "degree degrees",
-        "radian radians",
-        "thousand",
-        "million",
-        "billion",
-    )
-    for name in names.split()
-}
-_BOUND = re.compile(r"\\(?:leq?|geq?|neq?|neg|lt|gt)(?![A-Za-z])|[<>≤≥≠]")
-_DOTS = re.compile(r"(?:\\[lc]?dots|\.\.\.|…)\s*$")
-_DECIMAL = re.compile(r"\.\d")
-_SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\[,;:! ]|\s")
+from or1_megatron.reward.units import units
+
+_LOOKS = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\[,;:! ]|[~\s$]")
+_WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\{([^{}]*)\}")
+_SEPARATOR = re.compile(r",?(?<![A-Za-z])(?:and|or)(?![A-Za-z])|;")
+_NAMED = re.compile(r"(?:^|(?<=,))(\\?[A-Za-z]+)(?:_(?:\w|\{\w+\}))?'*(=|\\in(?![A-Za-z]))")
+_BOUND = re.compile(r"\\n?(?:[lg](?:eq?|eqslant|eqq|t)|e|eq|eg)(?![A-Za-z])|\\not(?![A-Za-z])|[<>≤≥≠]")
+_DOTS = re.compile(r"\\(?:[lc]?dots|dots[cbmio])|\.\.\.|…")
+_DECIMAL = re.compile(r"(\d*)\.(\d+)")
+_NUMBER = re.compile(r"-?\d{1,300}(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+_LETTERS = re.compile(r"[A-Za-z](?:,[A-Za-z])*")
 
 
 def contradicts(gold: str, answer: str) -> bool:
     """Whether `answer` says something else than `gold` in what Math-Verify leaves out."""
+    if _units_differ(gold, answer) or _is_cut_short(gold, answer):
+        return True
+    gold, answer = _plain(gold), _plain(answer)
     return (
-        _units_differ(gold, answer)
-        or _letters_differ(gold.strip(), answer.strip())
-        or _is_cut_short(gold, answer)
-        or _is_a_bound(gold, answer)
+        _is_a_bound(gold, answer)
+        or _is_untrue(answer)
+        or _case_differs(gold, answer)
         or _order_differs(gold, answer)
         or _brackets_differ(gold, answer)
     )
 
 
-def is_exact(gold: str) -> bool:
-    """Whether the gold answer is not a decimal, so that only decimals that go on like it are equal to it."""
-    return not _DECIMAL.search(gold)
+def decimals(gold: str, answer: str) -> int:
+    """Decimals that have to agree: of a decimal gold answer its own, at least Math-Verify's six. Of an exact one twelve
+    digits, whatever their place, since that is what a right decimal has; 1.41421356 is not the root of 2."""
+    own = [len(fraction) for _, fraction in _DECIMAL.findall(gold)]
+    if own:
+        return max(6, *own)
+    return max(6, 12 - max((len(whole.lstrip("0")) for whole, _ in _DECIMAL.findall(answer)), default=0))
+
+
+def _plain(answer: str) -> str:
+    """Without spaces, sizes of brackets and \\text; `and` and `or` are commas, outer braces stay."""
+    text = _SEPARATOR.sub(",", _WORDS.sub(r" \1 ", answer))
+    return _SEPARATOR.sub(",", _LOOKS.sub("", text)).rstrip(".")
 
 
 def _units_differ(gold: str, answer: str) -> bool:
-    wanted, given = _units(gold), _units(answer)
-    return len(wanted) == len(given) and wanted != given
-
-
-def _units(answer: str) -> list[tuple[str, int]]:
-    """The units that are known, with their powers; degrees and dollars also as signs. Sorted: a sum has no order."""
-    text = _BLANK.sub(" ", answer).strip()
-    found = [("degree", 1)] if text.endswith((r"^\circ", r"^{\circ}")) else []
-    if text.startswith(r"\$") or (text.startswith("$") and text.count("$") == 1):
-        found.append(("dollar", 1))
-    for inside, bare, power, sign in _UNIT.findall(text):
-        words = [*(inside or bare).replace(".", " ").split(), *sign]
-        named = [_UNITS.get(word) or _UNITS.get(word.lower()) for word in words if word not in _POWERS]
-        if len(named) == 1 and named[0] is not None:
-            found.append((named[0], int(power or next((_POWERS[word] for word in words if word in _POWERS), 1))))
-    return sorted(found)
-
-
-def _letters_differ(gold: str, answer: str) -> bool:
-    return len(gold) == len(answer) == 1 and gold != answer and gold.lower() == answer.lower()
+    wanted, given = units(gold), units(answer)
+    return len(wanted) == len(given) and any(
+        power != other or not names & others for (names, power), (others, other) in zip(wanted, given, strict=True)
+    )
 
 
 def _is_cut_short(gold: str, answer: str) -> bool:
     """`5\\ldots` for 5; dots behind decimals only say that these go on."""
-    return bool(_DOTS.search(answer)) and not _DECIMAL.search(answer) and not _DOTS.search(gold)
+    cut = [found.end() for found in _DOTS.finditer(answer)][-1:] == [len(answer.rstrip(" .;"))]
+    cut = cut or answer.rstrip(" ;").endswith("...")
+    return cut and not _DECIMAL.search(answer) and not _DOTS.search(gold)
 
 
 def _is_a_bound(gold: str, answer: str) -> bool:
     """`\\le 5` for 5."""
-    return bool(_BOUND.match(answer.strip())) and not _BOUND.search(gold)
+    return bool(_BOUND.match(answer)) and not _BOUND.search(gold) and not re.search("more|less|most|least", gold)
+
+
+def _is_untrue(answer: str) -> bool:
+    """`5=6`, of which Math-Verify takes the last number."""
+    numbers = answer.split("=")
+    return len(numbers) > 1 and all(map(_NUMBER.fullmatch, numbers)) and len(set(map(float, numbers))) > 1
+
+
+def _case_differs(gold: str, answer: str) -> bool:
+    """`a` for `A`, of single letters: yes is Yes."""
+    is_letters = _LETTERS.fullmatch(gold) and _LETTERS.fullmatch(answer)
+    return bool(is_letters) and sorted(gold) != sorted(answer) and sorted(gold.lower()) == sorted(answer.lower())
 
 
 def _order_differs(gold: str, answer: str) -> bool:
-    """`2,1` for `x=1,y=2`."""
-    names, equals, wanted = zip(*(part.partition("=") for part in _SIZES.sub("", gold).split(",")), strict=True)
-    if not all(equals) or len(set(names)) == 1:
+    """`2,1` for `x=1,y=2`, with brackets or without."""
+    names = [name for name, _ in _NAMED.findall(gold)]
+    parts = gold.split(",")
+    if len(names) != len(parts) or len(set(names)) == 1 or "=" in answer:
         return False
-    given = tuple(_SIZES.sub("", answer).split(","))
+    wanted = [part.partition("=")[2] for part in parts]
+    given = answer.replace("\\{", "(").replace("\\}", ")").strip("()[]").split(",")
     return wanted != given and sorted(wanted) == sorted(given)
 
 
@@ -124,13 +98,24 @@ def _brackets_differ(gold: str, answer: str) -> bool:
     return (_kind(gold), _kind(answer)) in {("set", "ordered"), ("ordered", "set"), ("list", "ordered")}
 
 
-def _kind(answer: str) -> str | None:
-    text = _SIZES.sub("", answer)
+def _kind(text: str) -> str | None:
+    names = {name for name, _ in _NAMED.findall(text)}
+    text = _NAMED.sub("", text) if len(names) == 1 else text
     if text.startswith(r"\{") and text.endswith(r"\}"):
-        return "set" if _closes_at_the_end(text.replace("\\", "")) else None
+        return "set" if _closes_at_the_end(text.replace("\\", "")) and not set("([") & set(text) else None
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
-        return "ordered" if _closes_at_the_end(text) and "," in text else None
-    return "list" if "," in _THOUSANDS.sub("", text) and not set("=()[]{}<>") & set(text) else None
+        inside = text[1:-1]
+        if not _closes_at_the_end(text) or set("([{") & set(_commands_out(inside)) or "," not in inside:
+            return None
+        as_a_list = text[0] + text[-1] == "[]" and inside.count(",") > 1  # no interval: three members
+        return None if as_a_list or _LETTERS.fullmatch(inside) else "ordered"
+    is_list = "," in _THOUSANDS.sub("", text) or text.startswith(r"\pm")
+    return "list" if is_list and not set("=()[]<>") & set(text) else None
+
+
+def _commands_out(text: str) -> str:
+    """Without the braces of \\frac{1}{2} and \\sqrt{2}."""
+    return text.replace("{", "").replace("\\", "")
 
 
 def _closes_at_the_end(text: str) -> bool:

@@ -12,7 +12,7 @@ import re
 from functools import lru_cache, partial
 from typing import Any
 
-from or1_megatron.reward.contradictions import contradicts, is_exact
+from or1_megatron.reward.contradictions import contradicts, decimals
 
 MAX_ANSWER = 5_000  # characters; beyond it only an equal string is right
 _MANY_BRACKETS = 20
@@ -83,7 +83,8 @@ def _equal(gold: str, answer: str, parsed: list[Any]) -> bool:
         return _value_in_base(in_base) == gold.strip()  # Math-Verify takes 10_2 for ten
     from math_verify import verify
 
-    compare = partial(verify, list(_parse_gold(gold)), parsed, float_rounding=_decimals(gold), timeout_seconds=None)
+    golds, rounding = list(_parse_gold(gold)), decimals(gold, answer)
+    compare = partial(verify, golds, parsed, float_rounding=rounding, timeout_seconds=None)
     try:
         equal = bool(compare(raise_on_error=True))
     except MemoryError:
@@ -91,11 +92,6 @@ def _equal(gold: str, answer: str, parsed: list[Any]) -> bool:
     except Exception:  # sympy raises nearly anything on strange input; another pair of readings may still agree
         equal = bool(compare())
     return equal and not contradicts(gold, answer)
-
-
-def _decimals(gold: str) -> int:
-    """Decimals that have to agree: of a rounded gold answer Math-Verify's six, of an exact one twice as many."""
-    return 12 if is_exact(gold) else 6
 
 
 def _value_in_base(number: re.Match[str]) -> str:

@@ -103,6 +103,10 @@ def _read(row: Any) -> CodeTests | None:
         return CodeTests(assertions=(str(test),), entry_point=row["entry_point"], prelude=prelude, checker=checker)
     listed = row.get("test_list") or row.get("assert_case")
     if isinstance(listed, list):
+        if checker:
+            raise UserError(
+                "a checker beside test_list has nothing to check: use test and entry_point; drop the problem"
+            )
         setup = [row["test_setup_code"]] if row.get("test_setup_code") and listed else []
         return CodeTests(assertions=tuple(map(str, [*setup, *listed])))
     return None

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import ast
 import builtins
+import copy
 import json
 import os
+from collections import deque
 from typing import Any
 
 from or1_megatron.reward.session import Channel, Deadline, Ended, Namespace, Remote, Session
@@ -94,22 +96,26 @@ class Checked:
         self._function, self._check = function, check
 
     def __call__(self, *args: Any, **kwargs: Any) -> Judged:
-        arguments = [*args, *kwargs.values()]
-        return Judged(arguments, _plain(self._function(*args, **kwargs)), self._check)
+        arguments = copy.deepcopy([*args, *kwargs.values()])  # as they were: a call may change them
+        return Judged(arguments, _values(self._function(*args, **kwargs)), self._check)
 
 
 class Judged:
-    """A result that assertions compare by the checker."""
+    """A result that assertions compare by the checker; any other use of it is a fault of the tests."""
 
     def __init__(self, arguments: list[Any], result: Any, check: Any):
         self._arguments, self._result, self._check = arguments, result, check
 
     def __eq__(self, expected: object) -> bool:
+        if isinstance(expected, Judged):
+            raise BrokenTests("with a checker they have to compare results with values")
         return self._check(self._arguments, self._result, _plain(expected)) is True
 
-    def __bool__(self) -> bool:
+    def _misused(self, *args: Any) -> Any:
         raise BrokenTests("with a checker they have to compare results by ==")
 
+    __bool__ = __len__ = __iter__ = __getitem__ = __contains__ = __lt__ = __le__ = __gt__ = __ge__ = _misused
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __abs__ = __round__ = __float__ = __int__ = _misused
     __hash__ = None  # type: ignore[assignment]
 
 
@@ -126,7 +132,8 @@ def _calls(payload: dict[str, Any], session: Session) -> tuple[str, str]:
         target = session.ask("function", function)
         if not isinstance(target, Remote):
             return "wrong", f"{function} is not a function"
-        result = _plain(target(*_integer_keys(arguments)))
+        result = target(*_integer_keys(arguments))
+        result = _values(result) if checker else _plain(result)
         if checker:
             right = checker(arguments, result, expected) is True
         else:
@@ -163,6 +170,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     return value
+
+
+def _values(result: Any) -> Any:
+    """`_plain` of what a checker may see: an object that lives where the tested code is could answer as it likes."""
+    result = _plain(result)
+    asked, seen = [result], set()
+    while asked:
+        value = asked.pop()
+        if isinstance(value, Remote):
+            raise AssertionError("the result holds an object that is no plain value")
+        if id(value) not in seen:
+            seen.add(id(value))
+            asked += _members(value)
+    return result
+
+
+def _members(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple | set | frozenset | deque):
+        return list(value)
+    return [*value, *value.values()] if isinstance(value, dict) else list(getattr(value, "__dict__", {}).values())
 
 
 def _integer_keys(value: Any) -> Any:

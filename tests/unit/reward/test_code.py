@@ -106,6 +106,14 @@ ANY_ORDER = {
     "entry_point": "Solution().scale",
     "checker": "def check(given, output, expected):\n    return given[1] == 2 and sorted(output) == sorted(expected)",
 }
+TWO = {
+    "test": "def check(candidate):\n    assert candidate([1, 2, 3], t=4) == [0, 2]", "entry_point": "two",
+    "checker": ANY_PAIR["checker"],
+}  # fmt: skip
+LIAR = (
+    "class Liar:\n    def __iter__(self): return iter([0, 0, 0, 0])\n    def __len__(self): return 2\n"
+    "    def __getitem__(self, i): return i\ndef two(a, t): return Liar()"
+)
 
 VERDICTS = [
     ("program", "print(2 * int(input()))", DOUBLE, "correct"),
@@ -161,6 +169,13 @@ VERDICTS = [
     ("any order, not a list", "class Solution:\n    def scale(self, a, k): return True", ANY_ORDER, "wrong"),
     ("any order, equal to everything", "class E(list):\n    __eq__ = lambda self, other: True\n"
      "class Solution:\n    def scale(self, a, k): return E([0])", ANY_ORDER, "wrong"),
+    ("any order, in place", "class Solution:\n    def scale(self, a, k):\n        a[:] = [k * x for x in a[::-1]]\n"
+     "        return a", ANY_ORDER, "correct"),
+    ("arguments changed for the checker", "def two(a, t):\n    a[:] = [t, 0, 0]\n    return [0, 1]", TWO, "wrong"),
+    ("right, and arguments changed", "def two(a, t):\n    a.clear()\n    return [2, 0]", TWO, "correct"),
+    ("an object for the checker", LIAR, TWO, "wrong"),
+    ("an object inside for the checker", LIAR.replace("return Liar()", "return deque([Liar()])"), TWO, "wrong"),
+    ("an object for the checker of a call", LIAR, ANY_PAIR, "wrong"),
     ("a checker without a comparison", "def f(x): return 1", {"test": "def check(f):\n    assert f(1)",
      "entry_point": "f", "checker": "def check(given, output, expected): return True"}, "infrastructure_error"),
     ("tests never call", "def f(x): return 1", {"test_list": ["assert True"]}, "infrastructure_error"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
-from or1_megatron.reward.contradictions import contradicts, is_exact
+from or1_megatron.reward.contradictions import contradicts, decimals
 
 
 @pytest.mark.parametrize(
@@ -58,5 +60,26 @@ def test_keeps_silent(gold: str, answer: str) -> None:
     assert not contradicts(gold, answer)
 
 
-def test_a_decimal_is_not_exact() -> None:
-    assert is_exact("\\frac{1}{7}") and is_exact("3.") and not is_exact("0.142857")
+@pytest.mark.parametrize(
+    ("gold", "answer", "expected"),
+    [
+        ("\\frac{1}{7}", "0.142857", 12),
+        ("10000\\sqrt{2}", "14142.135623730951", 7),
+        ("3", "3.0000001", 11),
+        ("10^9", "1000000000.5", 6),
+        ("0.142857", "\\frac{1}{7}", 6),
+        ("0.00000012", "1.2 \\cdot 10^{-7}", 8),
+    ],
+)
+def test_decimals_that_have_to_agree(gold: str, answer: str, expected: int) -> None:
+    assert decimals(gold, answer) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["\\" + "a" * 5000 + "!", "1 " * 2500, "(" * 5000, "\\text{" * 700, "1,x" * 1600, "\0^2"]
+)
+def test_odd_text_is_read_quickly(text: str) -> None:
+    started = time.process_time()
+    contradicts(text, "5\\text{ cm}")
+    contradicts("5\\text{ cm}", text)
+    assert time.process_time() - started < 0.5

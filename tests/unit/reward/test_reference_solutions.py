@@ -47,8 +47,9 @@ def test_any_order_where_the_problem_says_so(service: RewardService) -> None:
     for item, verdict in zip(free, verdicts(service, [item.task(reordered(item)) for item in free]), strict=True):
         recursive = item.solution.count(f"{item.function}(") > 1
         assert verdict.name == "correct" or recursive, item.name
-    fixed = next(item for item in found if item.name == "reveal-cards-in-increasing-order")
-    assert [verdict.name for verdict in verdicts(service, [fixed.task(reordered(fixed))])] == ["wrong"]
+    fixed = {"reveal-cards-in-increasing-order", "find-the-difference-of-two-arrays"}
+    tasks = [item.task(reordered(item)) for item in found if item.name in fixed]
+    assert [verdict.name for verdict in verdicts(service, tasks)] == ["wrong", "wrong"]
 
 
 @pytest.mark.parametrize("number", ["0001", "0111", "2287", "2404", "4184"])
