@@ -80,11 +80,10 @@ def _unit(measure: str, money: bool) -> Unit | None:
     parts = _MEASURE.fullmatch(measure)
     if not parts:
         return None
-    words, digit, sign = parts.groups(default="")
-    *rest, name = [word for word in words.replace(".", "").split() if word not in _POWERS] or [""]
-    power = int(
-        digit or next((_POWERS[word] for word in (*words.replace(".", "").split(), sign) if word in _POWERS), 1)
-    )
+    spelled, digit, sign = parts.groups(default="")
+    words = [*spelled.replace(".", "").split(), *sign]
+    power = int(digit) if digit else next((_POWERS[word] for word in words if word in _POWERS), 1)
+    *rest, name = [word for word in words if word not in _POWERS] or [""]
     if rest:
         scale = _SCALES.get(name.lower()) if rest in (["degree"], ["degrees"]) else None
         return (frozenset({scale}), 1) if scale else None
