@@ -30,7 +30,7 @@ from or1_megatron.architecture import read_architecture
 from or1_megatron.config import Config
 from or1_megatron.errors import RunFailure
 from or1_megatron.parallel.context import Part, gather, part_of
-from or1_megatron.parallel.device import device, peak_flops, release_memory, use_transformer_engine
+from or1_megatron.parallel.device import device, keep_memory, peak_flops, release_memory, use_transformer_engine
 from or1_megatron.parallel.dims import Dims
 from or1_megatron.parallel.file_sums import FileSums
 from or1_megatron.parallel.host_memory import trim_host_memory
@@ -46,8 +46,8 @@ class MegatronActor:
     """Built by every rank of an initialised process group; see parallel/device.py."""
 
     def __init__(self, config: Config, rank: int, spans: Spans | None = None):
-        self.config = config
-        self._spans = spans or Spans(enabled=False)
+        self.config, self._spans = config, spans or Spans(enabled=False)
+        keep_memory()
         self.architecture = read_architecture(config.model.path)
         self.mesh = build_mesh(Dims.of(config), rank, config.seed + 1, config.parallel.timeout_s)
         self._gpt = model = build_model(config, self.architecture, self.mesh)
@@ -69,7 +69,6 @@ class MegatronActor:
         checkpoint.initialise_state(self.optimizer)
         settings.grad_scale_func = self.optimizer.scale_loss
         settings.finalize_model_grads_func = self._reduce_gradients
-        # Above any pack, a pack of nothing included, and a multiple of the alignment.
         fused_norms = use_transformer_engine(config.model.transformer_impl)
         self.weights = WeightSource(model, self.architecture, self.mesh, fused_norms=fused_norms)
         ddp: Any = self.model
@@ -80,6 +79,7 @@ class MegatronActor:
         }
         self._reference = [p.detach().cpu().clone() for p in model.parameters()] if config.loss.kl_coefficient else None
         self._writer: CheckpointWriter | None = None
+        # Above any pack, a pack of nothing included, and a multiple of the alignment.
         self._max_seqlen = (config.token_budget // config.alignment + 2) * config.alignment
 
     def _reduce_gradients(self, model: Any, num_tokens: Any, **settings: Any) -> None:

@@ -125,6 +125,12 @@ def make_deterministic() -> None:
     deterministic.fill_uninitialized_memory = False  # a search for mistakes, which writes every buffer
 
 
+def keep_memory() -> None:
+    """Has this process keep freed memory for its next tensors, as CUDA's allocator does by itself."""
+    if not has_cuda():
+        keep_freed_memory()
+
+
 def release_memory() -> None:
     """Hands memory that the allocator keeps for reuse back to the device, or to the machine."""
     if has_cuda():
@@ -288,7 +294,6 @@ def install() -> None:
     if _installed or has_cuda():
         return
     _installed = True
-    keep_freed_memory()
     cuda: Any = torch.cuda
     stream = _HostStream()
     replacements: dict[str, Any] = {
