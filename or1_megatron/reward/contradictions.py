@@ -16,6 +16,7 @@ _SEPARATOR = re.compile(r",?(?<![A-Za-z])(?:and|or)(?![A-Za-z])|;")
 _NAMED = re.compile(r"(?:^|(?<=,))(\\?[A-Za-z]+)(?:_(?:\w|\{\w+\}))?'*(=|\\in(?![A-Za-z]))")
 _BOUND = re.compile(r"\\n?(?:[lg](?:eq?|eqslant|eqq|t)|e|eq|eg)(?![A-Za-z])|\\not(?![A-Za-z])|[<>≤≥≠]")
 _DOTS = re.compile(r"\\(?:[lc]?dots|dots[cbmio])|\.\.\.|…")
+_CUT = re.compile(rf"(?:{_DOTS.pattern})[ .;]*$")
 _DECIMAL = re.compile(r"(\d*)\.(\d+)")
 _NUMBER = re.compile(r"-?\d{1,300}(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -47,8 +48,7 @@ def decimals(gold: str, answer: str) -> int:
 
 def _plain(answer: str) -> str:
     """Without spaces, sizes of brackets and \\text; `and` and `or` are commas, outer braces stay."""
-    text = _SEPARATOR.sub(",", _WORDS.sub(r" \1 ", answer))
-    return _SEPARATOR.sub(",", _LOOKS.sub("", text)).rstrip(".")
+    return _LOOKS.sub("", _SEPARATOR.sub(",", _WORDS.sub(r" \1 ", answer))).rstrip(".")
 
 
 def _units_differ(gold: str, answer: str) -> bool:
@@ -60,9 +60,7 @@ def _units_differ(gold: str, answer: str) -> bool:
 
 def _is_cut_short(gold: str, answer: str) -> bool:
     """`5\\ldots` for 5; dots behind decimals only say that these go on."""
-    cut = [found.end() for found in _DOTS.finditer(answer)][-1:] == [len(answer.rstrip(" .;"))]
-    cut = cut or answer.rstrip(" ;").endswith("...")
-    return cut and not _DECIMAL.search(answer) and not _DOTS.search(gold)
+    return bool(_CUT.search(answer)) and not _DECIMAL.search(answer) and not _DOTS.search(gold)
 
 
 def _is_a_bound(gold: str, answer: str) -> bool:
