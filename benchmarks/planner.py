@@ -57,6 +57,8 @@ OTHERS = {
     "group": Size(6, 8, 96),
     "shorter": Size(6, 4, 64),
     "longer": Size(6, 4, 128),
+    "all, shorter": Size(12, 8, 64),
+    "all, longer": Size(9, 6, 128),
 }
 
 
@@ -138,7 +140,7 @@ def compare(bench: Benchmark, run: RunFolder, table: list[tuple[Size, int]]) -> 
         bench.note(line)
         bench.recorded(f"{name}, {size}", [step["step"] for step in steps], unit="steps")
         if size != CALIBRATION:
-            bench.mark(f"{name}_step_off", partial(float, abs(deviations["step"])), WITHIN, "lower")
+            bench.mark(f"{name.replace(', ', '_')}_step_off", partial(float, abs(deviations["step"])), WITHIN, "lower")
             parts += [abs(deviations["rollout"]), abs(deviations["update"])]
     bench.mark("worst_rollout_or_update_off", lambda: max(parts), WITHIN, "lower")
     bench.note("measured -> planned seconds of a step, and the deviation")

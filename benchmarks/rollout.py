@@ -1,10 +1,13 @@
-"""Rollout without waiting, switch by switch: how prompts are dealt to engines, and when responses are checked.
+"""Rollout without waiting, switch by switch: how prompts are dealt to engines, when responses are checked, and what
+the driver does between the last verdict and the update.
 
     python benchmarks/rollout.py [--quick] [--json FILE]
 
 Measured: the quickstart's model on two engines counts up to a number, so that lengths differ and depend on the prompt;
 every prompt has been seen once before. All cases of a round get the same prompts and draw with the same seeds.
-Simulated: the paper's models and stages on its GPUs, all groups kept, with the constants of `or1 plan --paper`.
+Simulated: the paper's models and stages on its GPUs, all groups kept, with the constants of `or1 plan --paper`. The
+driver's work is timed on a quarter of the paper's step: advantages, packs for 32 replicas, and those put where the
+ranks take them from, with what is per token made into arrays by the engines as groups finish, or by the driver at last.
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import ray
+
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's own programs: launch/ is not installed
 
 from benchmarks.harness import Benchmark, main  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron.architecture import read_architecture  # noqa: E402
 from or1_megatron.cluster import Cluster  # noqa: E402
-from or1_megatron.collect import score_groups, training_sampling  # noqa: E402
+from or1_megatron.collect import Rollout, sampled_entropy, score_groups, training_sampling  # noqa: E402
 from or1_megatron.config import Config  # noqa: E402
 from or1_megatron.data.prompts import load_prompts, load_tokenizer  # noqa: E402
 from or1_megatron.profiling.hardware import H800  # noqa: E402
@@ -34,10 +40,11 @@ from or1_megatron.profiling.spans import Spans  # noqa: E402
 from or1_megatron.recipe import load  # noqa: E402
 from or1_megatron.reward.service import RewardService  # noqa: E402
 from or1_megatron.rollout.schedule import LengthHistory  # noqa: E402
-from or1_megatron.types import Group, Prompt  # noqa: E402
+from or1_megatron.types import Group, Prompt, Sample  # noqa: E402
+from or1_megatron.update import Updater  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-ENGINES, GROUP, LONGEST = 2, 4, 40
+ENGINES, GROUP, LONGEST, REPLICAS = 2, 4, 40, 32
 SCHEDULES = ("round_robin", "pending_tokens", "longest_first")
 STAGES = (  # model, engine_tp, D_R, gs, T
     ("7B", 1, 256, 16, 16384),
@@ -118,6 +125,47 @@ class Rollouts:
         return told["all"]
 
 
+class Driver:
+    """Between the last verdict and the update, with as many tokens as in a part of the paper's step."""
+
+    def __init__(self, rollouts: Rollouts, num_groups: int):
+        _, _, _, group, context = STAGES[0]
+        parallel = dataclasses.replace(rollouts.config.parallel, num_ranks=REPLICAS, token_budget=2 * context)
+        config = dataclasses.replace(rollouts.config, parallel=parallel)
+        architecture = read_architecture(Path(config.model.path))
+        self._updater = Updater(config, architecture, rollouts.cluster, Spans(enabled=False))
+        draw = random.Random(0)
+        prompt = Prompt("p", "", tuple(draw.randrange(architecture.vocab_size) for _ in range(300)), ("1",))
+        lengths = LENGTHS.draw(num_groups, group, context - len(prompt.tokens), draw)
+        self._given = [  # as vLLM has them
+            [([draw.randrange(1000, architecture.vocab_size) for _ in range(n)], [-draw.random()] * n) for n in row]
+            for row in lengths
+        ]
+        self._prompt = prompt
+        self._groups = self._make()
+        self.tokens = sum(map(sum, lengths))
+
+    def _make(self) -> list[Group]:
+        def sample(i: int, tokens: list[int], log_probs: list[float]) -> Sample:
+            arrays = np.array(tokens, np.int32), np.array(log_probs, np.float32)
+            return Sample(self._prompt, i, *arrays, "", "stop", 0, "", float(i % 2))
+
+        return [Group(self._prompt, [sample(i, *row) for i, row in enumerate(rows)]) for rows in self._given]
+
+    def during(self) -> None:
+        """What is left when the engines have made arrays of each group that finished."""
+        self._hand_over(self._groups)
+
+    def after(self) -> None:
+        self._hand_over(self._make())
+
+    def _hand_over(self, groups: list[Group]) -> None:
+        sampled_entropy(Rollout(groups))
+        _, batches = self._updater.packed(self._updater.sequences(groups))
+        for mine in batches:
+            ray.put(mine)
+
+
 def told(switched: Switched) -> str:
     """Medians of all rounds but the one that warms up."""
     names = switched.told[0]
@@ -138,9 +186,13 @@ def measure(bench: Benchmark, quick: bool) -> None:
         cases[schedule, during] = bench.case(label, lambda switched=switched: rollouts.round(switched))
         cases[schedule, during].remark = lambda switched=switched: told(switched)
     turn, pending, longest, after = cases.values()
+    driver = Driver(rollouts, num_groups=8 if quick else 64)
+    packed = bench.case("driver, arrays made during", driver.during, amount=driver.tokens, unit="tokens")
+    late = bench.case("driver, arrays made after", driver.after, amount=driver.tokens, unit="tokens")
     bench.mark("pending_tokens_over_round_robin", lambda: turn.median / pending.median, 1.0)
     bench.mark("longest_first_over_round_robin", lambda: turn.median / longest.median, 1.0)
     bench.mark("checks_during_over_after", lambda: after.median / longest.median, 1.0)
+    bench.mark("arrays_during_over_after", lambda: late.best / packed.best, 1.0)
 
 
 def simulated(stage: tuple[str, int, int, int, int], gpus: int, schedule: str, overlaps: bool) -> StepTime:

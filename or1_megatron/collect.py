@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from or1_megatron.cluster import Cluster
 from or1_megatron.config import Config
 from or1_megatron.data.mixture import PromptMixture
@@ -247,7 +249,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
 
 def sampled_entropy(rollout: Rollout) -> float:
     """-mean log pi over all sampled tokens: an unbiased estimate of the policy's entropy, nats per token."""
-    return -_mean(value for sample in rollout.samples for value in sample.log_probs)
+    return -float(np.concatenate([sample.log_probs for sample in rollout.samples]).mean(dtype=np.float64))
 
 
 def _mean(values: Iterable[float]) -> float:

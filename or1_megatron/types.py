@@ -6,6 +6,7 @@ Shape letters: T tokens of one packed micro-batch, S sequences in it, R tokens o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,19 +51,25 @@ class Prompt:
     data_source: str = ""
 
 
-@dataclass
+@dataclass(eq=False)
 class Sample:
-    """One response to one prompt."""
+    """One response to one prompt. Made by the engine while others are decoded, so what is per token is an array here
+    already: with tens of millions of tokens in a step nothing on the way to the ranks may handle them one by one.
+    """
 
     prompt: Prompt
     index: int  # 0..group_size-1 within its group
-    tokens: list[int]  # R response tokens, the stop token included
-    log_probs: list[float]  # R, natural log, of the engine's sampling distribution (temperature applied)
+    tokens: np.ndarray  # R response tokens, the stop token included; int32
+    log_probs: np.ndarray  # R, natural log, of the engine's sampling distribution (temperature applied); float32
     text: str
     finish_reason: str  # "stop" or "length"
     weight_version: int  # the push the engine was running on when it was sampled
     verdict: str = ""  # one of VERDICTS
     reward: float = 0.0
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)  # arrays of its own: those that Ray hands out keep its store from being emptied
+        self.tokens, self.log_probs = self.tokens.copy(), self.log_probs.copy()
 
     @property
     def truncated(self) -> bool:
@@ -92,26 +99,35 @@ class Group:
 
 def group_as_dict(group: Group) -> dict[str, Any]:
     """Plain JSON types, exact; the prompt by its uid."""
-    samples = [{name: value for name, value in vars(sample).items() if name != "prompt"} for sample in group.samples]
-    return {"uid": group.prompt.uid, "samples": samples}
+
+    def plain(sample: Sample) -> dict[str, Any]:
+        arrays = {"tokens": sample.tokens.tolist(), "log_probs": sample.log_probs.tolist()}
+        return {name: value for name, value in (vars(sample) | arrays).items() if name != "prompt"}
+
+    return {"uid": group.prompt.uid, "samples": [plain(sample) for sample in group.samples]}
 
 
 def group_from_dict(row: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Group:
     """The inverse; `prompts` by uid."""
     prompt = prompts[row["uid"]]
-    return Group(prompt, [Sample(prompt=prompt, **sample) for sample in row["samples"]])
+
+    def restored(sample: dict[str, Any]) -> Sample:
+        arrays = np.array(sample["tokens"], np.int32), np.array(sample["log_probs"], np.float32)
+        return Sample(prompt=prompt, **{**sample, "tokens": arrays[0], "log_probs": arrays[1]})
+
+    return Group(prompt, [restored(sample) for sample in row["samples"]])
 
 
 @dataclass(frozen=True)
 class Sequence:
     """One training sequence: prompt + response with what the loss needs to know about each response token."""
 
-    tokens: tuple[int, ...]  # prompt + response
+    tokens: Seq[int] | np.ndarray  # prompt + response
     num_prompt_tokens: int
     advantage: float
-    old_log_probs: tuple[float, ...] | None  # one per response token; None: use the current policy's (on-policy)
-    engine_log_probs: tuple[float, ...] | None = None  # as sampled; for importance weights
-    reference_log_probs: tuple[float, ...] | None = None  # for the KL term
+    old_log_probs: Seq[float] | np.ndarray | None  # one per response token; None: the current policy's (on-policy)
+    engine_log_probs: Seq[float] | np.ndarray | None = None  # as sampled; for importance weights
+    reference_log_probs: Seq[float] | np.ndarray | None = None  # for the KL term
     weight: float = 1.0  # of each response token in the loss, above 0
 
     @property
@@ -141,6 +157,20 @@ class MicroBatch:
     @property
     def num_tokens(self) -> int:
         return self.cu_seqlens[-1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arrays for the tensors: Ray moves those as they are, and would pickle these."""
+        return {
+            name: value.numpy() if name.endswith("_T") and value is not None else value
+            for name, value in vars(self).items()
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        import torch
+
+        self.__dict__.update(
+            {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in state.items()}
+        )
 
 
 @dataclass(frozen=True)

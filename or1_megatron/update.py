@@ -34,9 +34,9 @@ class Updater:
         if not rollout.kept:
             return {"sgd_steps": 0}
         samples = [sample for group in rollout.kept for sample in group.samples]
-        engine = [np.array(sample.log_probs) for sample in samples]
+        engine = [sample.log_probs for sample in samples]
         with self._spans.span("prepare"):
-            sequences = self._sequences(rollout.kept)
+            sequences = self.sequences(rollout.kept)
         metrics: list[dict[str, float]] = []
         current: list[np.ndarray] = []
         bounds = mini_batches([len(group.samples) for group in rollout.kept], self.config.mini_batch_size)
@@ -52,7 +52,7 @@ class Updater:
             merged |= {name: sum(m[name] for m in metrics) for name in ("tokens", "flops")}
             return {**merged, **mismatch_metrics(current, engine[: len(current)]), "sgd_steps": len(metrics)}
 
-    def _sequences(self, groups: list[Group]) -> list[Sequence]:
+    def sequences(self, groups: list[Group]) -> list[Sequence]:
         """One per sample, with its advantage and the log-probs that the loss needs."""
         wanted = self.config.loss
         samples = [sample for group in groups for sample in group.samples]
@@ -64,18 +64,18 @@ class Updater:
             )
         ]
         bare = [_sequence(sample, advantage) for sample, advantage in zip(samples, advantages, strict=True)]
-        engine = [tuple(sample.log_probs) for sample in samples]
-        kinds: dict[str, list[tuple[float, ...]]] = {}
+        engine = [sample.log_probs for sample in samples]
+        kinds: dict[str, list[np.ndarray]] = {}
         if wanted.old_log_probs == "engine":
             kinds["old_log_probs"] = engine
         elif wanted.old_log_probs == "recompute":
             with self._spans.span("old_log_probs"):
-                kinds["old_log_probs"] = _tuples(self._score(bare, "log_probs_T"))
+                kinds["old_log_probs"] = self._score(bare, "log_probs_T")
         if wanted.importance_cap > 0:
             kinds["engine_log_probs"] = engine
         if wanted.kl_coefficient > 0:
             with self._spans.span("reference_log_probs"):
-                kinds["reference_log_probs"] = _tuples(self._score(bare, "log_probs_T", reference=True))
+                kinds["reference_log_probs"] = self._score(bare, "log_probs_T", reference=True)
         return [
             dataclasses.replace(sequence, **{name: rows[i] for name, rows in kinds.items()})
             for i, sequence in enumerate(bare)
@@ -86,7 +86,7 @@ class Updater:
     ) -> tuple[dict[str, float], list[np.ndarray]]:
         num_tokens = sum(s.num_response_tokens for s in sequences)
         with self._spans.span("pack"):
-            layout, batches = self._pack(sequences)
+            layout, batches = self.packed(sequences)
         with self._spans.span("update"):
             results = self._cluster.update(
                 batches,
@@ -110,7 +110,7 @@ class Updater:
             "packing/micro_batch_imbalance": layout.micro_batch_imbalance,
         }, log_probs
 
-    def _pack(self, sequences: list[Sequence]) -> tuple[Plan, list[list[MicroBatch]]]:
+    def packed(self, sequences: list[Sequence]) -> tuple[Plan, list[list[MicroBatch]]]:
         alignment = self.config.alignment
         layout = plan(
             [len(sequence.tokens) for sequence in sequences],
@@ -123,7 +123,7 @@ class Updater:
         return layout, batches
 
     def _score(self, sequences: list[Sequence], quantity: str, *, reference: bool = False) -> list[np.ndarray]:
-        _, batches = self._pack(sequences)
+        _, batches = self.packed(sequences)
         score = self._cluster.reference_log_probs if reference else self._cluster.log_probs
         values = score(batches, temperature=self.config.rollout.temperature)
         return _in_order(sequences, batches, values, quantity)
@@ -156,12 +156,9 @@ def weighted(sequences: list[Sequence], mean_over: str) -> list[Sequence]:
     return [dataclasses.replace(s, weight=share / s.num_response_tokens) for s in sequences]
 
 
-def _tuples(rows: list[np.ndarray]) -> list[tuple[float, ...]]:
-    return [tuple(map(float, row)) for row in rows]
-
-
 def _sequence(sample: Sample, advantage: float) -> Sequence:
-    return Sequence((*sample.prompt.tokens, *sample.tokens), len(sample.prompt.tokens), advantage, None)
+    tokens = np.concatenate((sample.prompt.tokens, sample.tokens))
+    return Sequence(tokens, len(sample.prompt.tokens), advantage, None)
 
 
 def _in_order(
@@ -182,7 +179,7 @@ def mismatch_metrics(actor: list[np.ndarray], engine: list[np.ndarray]) -> dict[
     kl: k3 estimate of KL(engine || actor), exp(d) - d - 1 with d = actor - engine. ess: effective share of the tokens
     under the weights exp(d), (sum w)^2 / (n sum w^2), 1 when the two agree.
     """
-    gap = np.concatenate(actor) - np.concatenate(engine)
+    gap = np.concatenate(actor).astype(np.float64) - np.concatenate(engine)
     weight = np.exp(gap)
     return {
         "mismatch/mean": float(np.abs(gap).mean()),

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import re
 
-from or1_megatron.reward.units import units
+from or1_megatron.reward.units import WORDS, units
 
 _LOOKS = re.compile(r"\\(?:left|right|[bB]igg?[lr]?)(?![A-Za-z])|\\[,;:! ]|[~\s$]")
-_WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\{([^{}]*)\}")
 _SEPARATOR = re.compile(r",?(?<![A-Za-z])(?:and|or)(?![A-Za-z])|;")
 _NAMED = re.compile(r"(?:^|(?<=,))(\\?[A-Za-z]+)(?:_(?:\w|\{\w+\}))?'*(=|\\in(?![A-Za-z]))")
 _BOUND = re.compile(r"\\n?(?:[lg](?:eq?|eqslant|eqq|t)|e|eq|eg)(?![A-Za-z])|\\not(?![A-Za-z])|[<>≤≥≠]")
@@ -48,7 +47,7 @@ def decimals(gold: str, answer: str) -> int:
 
 def _plain(answer: str) -> str:
     """Without spaces, sizes of brackets and \\text; `and` and `or` are commas, outer braces stay."""
-    return _LOOKS.sub("", _SEPARATOR.sub(",", _WORDS.sub(r" \1 ", answer))).rstrip(".")
+    return _LOOKS.sub("", _SEPARATOR.sub(",", WORDS.sub(r" \1 ", answer))).rstrip(".")
 
 
 def _units_differ(gold: str, answer: str) -> bool:

@@ -7,7 +7,7 @@ import re
 Unit = tuple[frozenset[str], int]  # what the name may mean, and the power
 
 _LONGEST = 200  # characters; nothing longer is a few numbers with units
-_BRACED = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
+WORDS = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
 _BLANK = re.compile(r"(?:\\[ ,;:!]|[~\s$])+")
 _DEGREES = re.compile(r"\^ ?(?:\{ ?\\circ ?\}|\\circ)|°")
 _MEMBERS = re.compile(r",(?!\d{3}(?!\d))|(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
@@ -69,7 +69,7 @@ def units(answer: str) -> list[Unit]:
     if len(answer) > _LONGEST:
         return []
     money = answer.lstrip().startswith(r"\$") or (answer.lstrip().startswith("$") and answer.count("$") == 1)
-    text = _BRACED.sub(r" \1 ", answer.replace(r"\$", ""))
+    text = WORDS.sub(r" \1 ", answer.replace(r"\$", ""))
     text = _BLANK.sub(" ", _DEGREES.sub(" degree ", text)).strip(" .;")
     found = [_unit(part.strip(), money) for part in _MEMBERS.split(text)]
     known = [unit for unit in found if unit]

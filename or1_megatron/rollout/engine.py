@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from or1_megatron.architecture import read_architecture
@@ -257,14 +258,15 @@ class Engine:
     def _group(self, prompt: Prompt, output: Any) -> Group:
         samples = []
         for response in sorted(output.outputs, key=lambda response: response.index):
-            tokens = list(response.token_ids)
+            tokens = np.array(response.token_ids, np.int32)
+            chosen = zip(response.token_ids, response.logprobs, strict=True)
             assert response.finish_reason in ("stop", "length"), response.finish_reason
             samples.append(
                 Sample(
                     prompt=prompt,
                     index=response.index,
                     tokens=tokens,
-                    log_probs=[entry[token].logprob for token, entry in zip(tokens, response.logprobs, strict=True)],
+                    log_probs=np.array([entry[token].logprob for token, entry in chosen], np.float32),
                     text=response.text,
                     finish_reason=response.finish_reason,
                     weight_version=self.weight_version,

@@ -73,5 +73,6 @@ def whole_groups(pieces: Iterable[Group], group_size: int) -> list[Group]:
     return groups
 
 
-def _order(sample: Sample) -> tuple[int, list[int]]:
-    return zlib.crc32(str(sample.tokens).encode()), sample.tokens
+def _order(sample: Sample) -> tuple[int, bytes]:
+    tokens = sample.tokens.tobytes()
+    return zlib.crc32(tokens), tokens

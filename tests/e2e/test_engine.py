@@ -118,7 +118,7 @@ def test_end_of_sequence_is_part_of_the_response_and_the_context_is_the_limit(wo
     lengths = [sample.num_tokens for sample in samples(groups) if sample.truncated]
     ended = [sample for sample in samples(groups) if not sample.truncated]
     assert lengths and set(lengths) == {CONTEXT}
-    assert ended and all(sample.tokens.index(EOS) == len(sample.tokens) - 1 for sample in ended)
+    assert ended and all(sample.tokens.tolist().index(EOS) == len(sample.tokens) - 1 for sample in ended)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -163,7 +163,7 @@ def test_same_version_draws_the_same_samples_again(worker, checkpoint):
     for version in (4, 4, 5):
         push(worker, model, version)
         groups = worker.generate([prompt("3 + 4 ="), prompt("5 + 6 =")], 4, SamplingSpec(1.0, 1.0, 16))
-        drawn.append({(s.prompt.uid, s.index): s.tokens for s in samples(list(groups))})
+        drawn.append({(s.prompt.uid, s.index): s.tokens.tolist() for s in samples(list(groups))})
     assert drawn[0] == drawn[1] != drawn[2]
 
 
@@ -173,7 +173,7 @@ def test_seeded_responses_are_the_same_in_any_company_and_order(worker, checkpoi
     def drawn(texts: list[str], group_size: int, seed: int) -> dict[str, list[list[int]]]:
         sampling = SamplingSpec(1.0, 1.0, 16, seed=seed)
         groups = worker.generate([prompt(text) for text in texts], group_size, sampling)
-        return {group.prompt.uid: [sample.tokens for sample in group.samples] for group in groups}
+        return {group.prompt.uid: [sample.tokens.tolist() for sample in group.samples] for group in groups}
 
     whole = drawn(["3 + 4 =", "5 + 6 =", "name a prime"], 4, seed=0)
     assert len({str(tokens) for groups in whole.values() for tokens in groups}) == 12

@@ -53,7 +53,8 @@ def greedy(cluster: Cluster) -> dict[str, tuple[list[int], str, list[float]]]:
     ]
     engines = cluster.config.rollout.num_engines
     groups = cluster.generate([prompts[i::engines] for i in range(engines)], 1, GREEDY)
-    return {g.prompt.uid: (g.samples[0].tokens, g.samples[0].text, g.samples[0].log_probs) for g in groups}
+    only = {group.prompt.uid: group.samples[0] for group in groups}
+    return {uid: (sample.tokens.tolist(), sample.text, sample.log_probs.tolist()) for uid, sample in only.items()}
 
 
 def update(cluster: Cluster, config: Config, seed: int, lr: float) -> None:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -96,7 +97,9 @@ def write_run(root: Path, stage_of: dict[int, int] | None = None) -> Path:
         })  # fmt: skip
         prompts = [Prompt(f"p{i}", "", (1,), ("1",)) for i in range(4)]
         run.save_rollouts(step, [
-            Group(prompt, [Sample(prompt, j, [1] * lengths[2 * i + j], [], "", "stop", 0) for j in range(2)])
+            Group(prompt, [
+                Sample(prompt, j, np.ones(lengths[2 * i + j]), np.zeros(0), "", "stop", 0) for j in range(2)
+            ])
             for i, prompt in enumerate(prompts)
         ])  # fmt: skip
     run.write("trace.json", json.dumps({"traceEvents": events, "metadata": {"last_step": 4}}))

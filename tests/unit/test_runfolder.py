@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet
 import pytest
 
@@ -28,8 +29,8 @@ def make_config(tmp_path: Path, *overrides: str) -> Config:
 def make_groups() -> list[Group]:
     prompt = Prompt("gsm8k/7", "2 + 5 =", (1, 2, 3), ("7",), "gsm8k")
     samples = [
-        Sample(prompt, 0, [4, 5], [-0.1, -0.2], " 7\n", "stop", 3, "correct", 1.0),
-        Sample(prompt, 1, [4, 5, 6], [-0.1, -0.2, -0.3], " ünd\u2028so", "length", 3, "wrong", 0.0),
+        Sample(prompt, 0, np.array([4, 5]), np.array([-0.1, -0.2]), " 7\n", "stop", 3, "correct", 1.0),
+        Sample(prompt, 1, np.array([4, 5, 6]), np.full(3, -0.1), " ünd\u2028so", "length", 3, "wrong", 0.0),
     ]
     return [Group(prompt, samples)]
 

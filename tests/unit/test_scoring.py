@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from pyarrow import parquet
 
@@ -50,7 +51,17 @@ def group(name: str, texts: list[str], verdicts: list[str]) -> Group:
     return Group(
         prompt,
         [
-            Sample(prompt, i, [3] * (i + 1), [-0.1] * (i + 1), text, "stop", 0, verdict, float(verdict == "correct"))
+            Sample(
+                prompt,
+                i,
+                np.full(i + 1, 3),
+                np.full(i + 1, -0.1),
+                text,
+                "stop",
+                0,
+                verdict,
+                float(verdict == "correct"),
+            )
             for i, (text, verdict) in enumerate(zip(texts, verdicts, strict=True))
         ],
     )

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -46,7 +47,7 @@ def responses_file(folder: Path) -> Path:
     for number, verdicts in enumerate([("correct", "wrong"), ("wrong", "wrong"), ("correct", "correct")]):
         prompt = Prompt(f"p:{number}", f"<user>Question {number}?", (1, 2), ("7",), "mine")
         samples = [
-            Sample(prompt, place, [1] * 9, [0.0] * 9, f"It is {number}{place}.", "stop", 0, verdict)
+            Sample(prompt, place, np.ones(9), np.zeros(9), f"It is {number}{place}.", "stop", 0, verdict)
             for place, verdict in enumerate(verdicts)
         ]
         groups.append(Group(prompt, samples))

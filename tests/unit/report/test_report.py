@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from or1_megatron import cli
@@ -44,7 +45,7 @@ def make_run(root: Path, name: str, steps: int = 6, rollout_s: float = 7.0) -> P
         prompts = [Prompt(f"p{i}", f"What is {i}?", (1,), ("1",)) for i in range(4)]
         run.save_rollouts(step, [
             Group(prompt, [
-                Sample(prompt, j, [1] * (20 * i + 30 * j + 5), [], EVIL, "length" if i == 3 else "stop", 0,
+                Sample(prompt, j, np.ones(20 * i + 30 * j + 5), np.zeros(0), EVIL, "length" if i == 3 else "stop", 0,
                        "correct" if j == 0 else "wrong", float(j == 0 and i > 0))
                 for j in range(2)
             ])

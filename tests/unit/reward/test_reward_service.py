@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -213,7 +214,9 @@ def test_full_queue_makes_the_submitter_wait(tmp_path: Path) -> None:
 
 
 def test_truncated_and_open_reasoning(tmp_path: Path) -> None:
-    cut = Sample(Prompt("p", "What? <think>\n", (1,), ("9",)), 0, [], [], "so \\boxed{9}", "length", 0)
+    cut = Sample(
+        Prompt("p", "What? <think>\n", (1,), ("9",)), 0, np.zeros(0), np.zeros(0), "so \\boxed{9}", "length", 0
+    )
     ended = dataclasses.replace(cut, text="so</think>\\boxed{9}")
     with running(tmp_path) as service:
         samples = [

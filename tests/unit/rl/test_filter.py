@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,7 +16,9 @@ from or1_megatron.types import Group, Prompt, Sample
 
 def make_group(rewards: list[float]) -> Group:
     prompt = Prompt("p", "text", (1,), ("4",))
-    samples = [Sample(prompt, i, [2], [-0.5], "x", "stop", 0, reward=r) for i, r in enumerate(rewards)]
+    samples = [
+        Sample(prompt, i, np.array([2]), np.array([-0.5]), "x", "stop", 0, reward=r) for i, r in enumerate(rewards)
+    ]
     return Group(prompt, samples)
 
 

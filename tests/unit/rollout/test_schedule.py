@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from or1_megatron.rollout.schedule import LengthHistory, whole_groups
 from or1_megatron.types import Group, Prompt, Sample
 
@@ -12,7 +14,9 @@ def prompt(name: str) -> Prompt:
 
 def group(name: str, *lengths: int) -> Group:
     mine = prompt(name)
-    return Group(mine, [Sample(mine, i, [1] * length, [], "", "stop", 0) for i, length in enumerate(lengths)])
+    return Group(
+        mine, [Sample(mine, i, np.ones(length), np.zeros(0), "", "stop", 0) for i, length in enumerate(lengths)]
+    )
 
 
 def names(shares: list[list[Prompt]]) -> list[list[str]]:
