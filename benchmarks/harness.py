@@ -219,6 +219,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def dtype_words() -> list[str]:
+    """Overrides of a recipe in bf16 for the machine at hand."""
+    return ["model.dtype=fp32"] if device.slow_in_bf16() else []
+
+
 def main(
     name: str, description: str, build: Callable[[Benchmark, bool], None], arguments: list[str] | None = None
 ) -> None:

@@ -36,7 +36,6 @@ from or1_megatron.parallel import device, vocab_head  # noqa: E402
 from or1_megatron.parallel.vocab import Shard  # noqa: E402
 
 VOCAB, HEAD_VOCAB, HIDDEN = 152_064, 151_936, 896
-MOST_SLOWER = 4  # bf16 products over fp32 ones: CPUs without AVX-512 multiply bf16 one number at a time
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REGIMES = {
     "default": {},
@@ -232,23 +231,12 @@ def build(bench: Benchmark, quick: bool) -> None:
     for column in QUICK if quick else FULL:
         for regime in REGIMES:
             bench.part(partial(_compare, bench, column, regime))
-    slower = _product_seconds("bf16") / _product_seconds("fp32")
+    slow = device.slow_in_bf16()
     for case in [(512, "bf16", None)] if quick else [(8192, "bf16", 8192), (1024, "fp32", 4096)]:
-        if "bf16" in case and slower > MOST_SLOWER:
-            bench.note(f"head in bf16 left out: it takes hours, {slower:.0f} times as long as in fp32 on this CPU")
+        if "bf16" in case and slow:
+            bench.note("head in bf16 left out: this CPU emulates bf16 products, which takes hours")
         else:
             bench.part(partial(_compare_head, bench, *case))
-
-
-def _product_seconds(dtype: str) -> float:
-    """Of a product with the first operand transposed, as the weight's gradient has it."""
-    left, right = (torch.randn(512, 512).to(DTYPES[dtype]) for _ in range(2))
-    seconds = []
-    for _ in range(3):
-        started = time.perf_counter()
-        torch.mm(left.t(), right)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 def _compare(bench: Benchmark, column: Column, regime: str) -> None:

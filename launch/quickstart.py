@@ -13,6 +13,7 @@ from fetch_model import MODEL_NAME
 
 from or1_megatron.cli import main
 from or1_megatron.data.tasks import write_addition_problems
+from or1_megatron.parallel.device import slow_in_bf16
 
 RECIPE = Path(__file__).parent / "recipes" / "quickstart.yaml"
 
@@ -28,6 +29,9 @@ def quickstart(overrides: list[str]) -> int:
     train, held_out = cache / "quickstart" / "train.jsonl", cache / "quickstart" / "held_out.jsonl"
     counts = write_addition_problems(train, held_out, seed=0)
     print(f"quickstart: model {model}; {counts[0]} problems to train on, {counts[1]} held out", flush=True)
+    if slow_in_bf16():
+        print("quickstart: this CPU emulates bf16, so model.dtype=fp32", flush=True)
+        overrides = ["model.dtype=fp32", *overrides]
     return main(["train", str(RECIPE), *overrides])
 
 

@@ -110,6 +110,11 @@ def peak_flops(dtype: torch.dtype) -> float:
     return 2 * size**3 / best
 
 
+def slow_in_bf16() -> bool:
+    """Whether products take several times as long in bf16 as in fp32 here: a CPU without AVX-512 emulates them."""
+    return not has_cuda() and 4 * peak_flops(torch.bfloat16) < peak_flops(torch.float32)
+
+
 def set_num_threads(num_threads: int) -> None:
     """OpenMP threads of this process's torch; means nothing to a GPU."""
     torch.set_num_threads(num_threads)
