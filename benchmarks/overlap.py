@@ -51,17 +51,8 @@ CASES = {
 def run(folder: Path, words: list[str], before: list[str]) -> list[dict[str, float]]:
     """The counted steps of one run."""
     recipe = ROOT / "launch" / "recipes" / "quickstart.yaml"
-    command = [
-        *before,
-        sys.executable,
-        "-m",
-        "or1_megatron",
-        "train",
-        str(recipe),
-        f"run_dir={folder}",
-        *dtype_words(),
-        *words,
-    ]
+    words = [f"run_dir={folder}", *dtype_words(), *words]
+    command = [*before, sys.executable, "-m", "or1_megatron", "train", str(recipe), *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [row for row in RunFolder.open(folder).read_metrics() if "seconds/update" in row]

@@ -111,6 +111,7 @@ class Updater:
         }, log_probs
 
     def packed(self, sequences: list[Sequence]) -> tuple[Plan, list[list[MicroBatch]]]:
+        """The balanced plan, and each replica's micro-batches."""
         alignment = self.config.alignment
         layout = plan(
             [len(sequence.tokens) for sequence in sequences],
