@@ -32,6 +32,7 @@ from or1_megatron.parallel import device  # noqa: E402
 from or1_megatron.parallel.packing import pack, plan  # noqa: E402
 from or1_megatron.profiling.flops import training_flops  # noqa: E402
 from or1_megatron.recipe import from_tree  # noqa: E402
+from or1_megatron.reward.isolation import die_with_parent  # noqa: E402
 from or1_megatron.types import Sequence  # noqa: E402
 
 TOKEN_BUDGET = 1024
@@ -163,6 +164,7 @@ class HuggingFace:
 
 def _serve(pipe: Connection, kind: type, model: Path, dtype: str, sequences: list[Sequence]) -> None:
     """Body of a case's process: answers a method's name with (seconds, result)."""
+    die_with_parent()
     torch.set_num_threads(THREADS)
     subject = kind(model, dtype, sequences)
     pipe.send("ready")

@@ -34,6 +34,7 @@ from benchmarks.harness import Benchmark, Case, main  # noqa: E402
 from benchmarks.peers.vocabulary import NAIVE, OURS, RL_SYSTEMS, methods  # noqa: E402
 from or1_megatron.parallel import device, vocab_head  # noqa: E402
 from or1_megatron.parallel.vocab import Shard  # noqa: E402
+from or1_megatron.reward.isolation import die_with_parent  # noqa: E402
 
 VOCAB, HEAD_VOCAB, HIDDEN = 152_064, 151_936, 896
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -174,6 +175,7 @@ def _resident(field: str) -> int:
 
 def _serve(pipe: Connection, rank: int, tp: int, meeting: str, subject: type, arguments: tuple[Any, ...]) -> None:
     """Body of a process: answers (method, arguments)."""
+    die_with_parent()
     torch.set_num_threads(2 // tp)
     group = None
     if subject is Logits:
