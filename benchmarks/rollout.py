@@ -1,5 +1,5 @@
-"""Rollout without waiting, switch by switch: how prompts are dealt to engines, when responses are checked, and what
-the driver does between the last verdict and the update.
+"""Rollout without waiting, switch by switch: how prompts are dealt to engines, when responses are checked, when they
+are packed.
 
     python benchmarks/rollout.py [--quick] [--json FILE]
 
@@ -20,8 +20,8 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's own programs: launch/ is not installed
@@ -80,7 +80,8 @@ class Switched:
     """One setting of the switches, and what its rollouts took."""
 
     schedule: str
-    during: bool
+    during: bool = True  # checks
+    packed: bool = True  # while decoding
     rounds: int = 0
     told: list[dict[str, float]] = field(default_factory=list)
 
@@ -99,7 +100,7 @@ class Rollouts:
         self.rewards = bench.stack.enter_context(RewardService(self.config.reward, scratch))
         self.cluster = bench.stack.enter_context(Cluster(self.config, scratch, with_actor=False))
         self.history = LengthHistory()
-        groups, _ = self.roll_out(Switched("round_robin", True), self.prompts, seed=1_000_000)
+        groups, _ = self.roll_out(Switched("round_robin"), self.prompts, seed=1_000_000)
         self.history.record(groups)
 
     def roll_out(self, switched: Switched, prompts: list[Prompt], seed: int) -> tuple[list[Group], dict[str, float]]:
@@ -107,11 +108,13 @@ class Rollouts:
         reward = dataclasses.replace(self.config.reward, during_rollout=switched.during)
         self.cluster.config = dataclasses.replace(self.config, reward=reward)
         dealt = self.history.deal(prompts, GROUP, ENGINES, switched.schedule)
-        sampling, spans = dataclasses.replace(training_sampling(self.config), seed=seed), Spans()
+        sampling, spans = training_sampling(self.config), Spans()
+        sampling = dataclasses.replace(sampling, seed=seed, pack=switched.packed)
         self.rewards.spans.clear()
         with spans.span("all"):
             groups = score_groups(self.cluster, self.rewards, prompts, GROUP, sampling, spans, dealt)
         seconds = {name.removeprefix("seconds/"): value for name, value in spans.take().items()}
+        seconds.setdefault("pack", 0.0)
         seconds["checks"] = sum(span.end_ns - span.start_ns for span in self.rewards.spans) * 1e-9
         tokens = {group.prompt.uid: sum(len(sample.tokens) for sample in group.samples) for group in groups}
         loads = [sum(tokens[prompt.uid] for prompt in share) * dealt[1] / GROUP for share in dealt[0]]
@@ -147,9 +150,8 @@ class Driver:
         self.tokens = sum(map(sum, lengths))
 
     def _make(self) -> list[Group]:
-        def sample(i: int, tokens: list[int], log_probs: list[float]) -> Sample:
-            arrays = np.array(tokens, np.int32), np.array(log_probs, np.float32)
-            return Sample(self._prompt, i, *arrays, "", "stop", 0, "", float(i % 2))
+        def sample(i: int, tokens: Any, log_probs: Any) -> Sample:
+            return Sample(self._prompt, i, tokens, log_probs, "", "stop", 0, "", float(i % 2)).pack()
 
         return [Group(self._prompt, [sample(i, *row) for i, row in enumerate(rows)]) for rows in self._given]
 
@@ -173,26 +175,30 @@ def told(switched: Switched) -> str:
     middle = {name: statistics.median(row[name] for row in switched.told[1:]) for name in names}
     return (
         f"rollout {middle['rollout']:.2f} s, waiting for verdicts {1e3 * middle['reward_wait']:.1f} ms (checks "
-        f"{1e3 * middle['checks']:.0f} ms), fuller engine {middle['imbalance']:.2f} of the mean, "
-        f"{middle['tokens']:.0f} tokens"
+        f"{1e3 * middle['checks']:.0f} ms), packing {1e3 * middle['pack']:.1f} ms, fuller engine "
+        f"{middle['imbalance']:.2f} of the mean, {middle['tokens']:.0f} tokens"
     )
 
 
 def measure(bench: Benchmark, quick: bool) -> None:
     rollouts = Rollouts(bench, batch=8 if quick else 12)
-    cases = {}
-    for schedule, during in [*((schedule, True) for schedule in SCHEDULES), ("longest_first", False)]:
-        switched = Switched(schedule, during)
-        label = f"{schedule}, checked {'during' if during else 'after'}"
-        cases[schedule, during] = bench.case(label, lambda switched=switched: rollouts.round(switched))
-        cases[schedule, during].remark = lambda switched=switched: told(switched)
-    turn, pending, longest, after = cases.values()
+    switches = {
+        **{schedule: Switched(schedule) for schedule in SCHEDULES},
+        "longest_first, checked after": Switched("longest_first", during=False),
+        "longest_first, packed after": Switched("longest_first", packed=False),
+    }
+    cases = []
+    for label, switched in switches.items():
+        cases.append(bench.case(label, lambda switched=switched: rollouts.round(switched)))
+        cases[-1].remark = lambda switched=switched: told(switched)
+    turn, pending, longest, checked_after, packed_after = cases
     driver = Driver(rollouts, num_groups=8 if quick else 64)
     packed = bench.case("driver, arrays made during", driver.during, amount=driver.tokens, unit="tokens")
     late = bench.case("driver, arrays made after", driver.after, amount=driver.tokens, unit="tokens")
     bench.mark("pending_tokens_over_round_robin", lambda: turn.median / pending.median, 1.0)
     bench.mark("longest_first_over_round_robin", lambda: turn.median / longest.median, 1.0)
-    bench.mark("checks_during_over_after", lambda: after.median / longest.median, 1.0)
+    bench.mark("checks_during_over_after", lambda: checked_after.median / longest.median, 1.0)
+    bench.mark("packed_during_over_after", lambda: packed_after.median / longest.median, 1.0)
     bench.mark("arrays_during_over_after", lambda: late.best / packed.best, 1.0)
 
 

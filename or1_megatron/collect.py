@@ -46,6 +46,7 @@ def training_sampling(config: Config) -> SamplingSpec:
         max_response_length=rollout.max_response_length,
         stop=tuple(rollout.stop),
         context_length=rollout.context_length,
+        pack=rollout.pack_while_decoding,
     )
 
 
@@ -158,8 +159,9 @@ def score_groups(
     """Groups with verdicts and rewards, in the order of `prompts`: results do not depend on who finished first.
 
     dealt: each engine's prompts and the responses that it gives to each, see rollout/schedule.py; None: in turn.
-    Responses are checked while others are decoded, or after them all: reward.during_rollout. A group with a response
-    that could not be checked is left out. Raises RunFailure when that is too often.
+    Responses are checked while others are decoded, or after them all: reward.during_rollout; packed by the engines, or
+    here at last: sampling.pack. A group with a response that could not be checked is left out. Raises RunFailure when
+    that is too often.
     """
     scoring: list[tuple[Sample, Future[Verdict]]] = []
     groups: list[Group] = []
@@ -187,7 +189,13 @@ def score_groups(
         whole = whole_groups(groups, group_size)
         sound = [group for group in whole if all(sample.verdict != "infrastructure_error" for sample in group.samples)]
         place = {prompt.uid: i for i, prompt in enumerate(prompts)}
-        return sorted(sound, key=lambda group: place[group.prompt.uid])
+        sound.sort(key=lambda group: place[group.prompt.uid])
+    if not sampling.pack:
+        with spans.span("pack"):
+            for group in sound:
+                for sample in group.samples:
+                    sample.pack()
+    return sound
 
 
 def scored(

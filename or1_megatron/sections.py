@@ -94,6 +94,10 @@ class RolloutConfig:
         "to expect, by how long the responses to a prompt were before); longest_first (so, the longest first)",
         ("round_robin", "pending_tokens", "longest_first"),
     )
+    pack_while_decoding: bool = key(
+        True, "arrays of tokens and log-probs are made by the engines, of each group that has finished; false: by the "
+        "driver, when the rollout has ended",
+    )  # fmt: skip
     engine_dtype: str = key("auto", "engine compute type; auto is the actor's", ("auto", "fp32", "bf16"))
     kv_cache_gb: float = key(1.0, "KV cache of one engine on a machine without a GPU, GiB")
     gpu_memory_utilization: float = key(0.5, "share of the GPU's memory one engine may take")

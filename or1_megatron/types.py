@@ -53,7 +53,7 @@ class Prompt:
 
 @dataclass(eq=False)
 class Sample:
-    """One response to one prompt. Made by the engine while others are decoded, so what is per token is an array here
+    """One response to one prompt. Packed by the engine while others are decoded, so what is per token is an array here
     already: with tens of millions of tokens in a step nothing on the way to the ranks may handle them one by one.
     """
 
@@ -66,6 +66,11 @@ class Sample:
     weight_version: int  # the push the engine was running on when it was sampled
     verdict: str = ""  # one of VERDICTS
     reward: float = 0.0
+
+    def pack(self) -> Sample:
+        """Itself, with arrays of tokens and log-probs made from the engine's lists."""
+        self.tokens, self.log_probs = np.array(self.tokens, np.int32), np.array(self.log_probs, np.float32)
+        return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)  # arrays of its own: those that Ray hands out keep its store from being emptied

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from or1_megatron.architecture import read_architecture
@@ -90,6 +89,7 @@ class SamplingSpec:
     # None: the engine's generator. A number: the i-th response to a prompt draws from a generator of (seed, uid, i), so
     # that its random numbers do not depend on what else is asked, where, or in which order; asked again it repeats.
     seed: int | None = None
+    pack: bool = True  # in the engine, while others are decoded; False: its tokens and log-probs are lists
 
     def seed_of(self, uid: str) -> int | None:
         """Of the prompt's first response; vLLM counts on from there."""
@@ -164,7 +164,7 @@ class Engine:
                     decoding = left
                     self._spans.count("responses", decoding, rounds)
                 for output in outputs:
-                    yield self._group(running.pop(output.request_id), output)
+                    yield self._group(running.pop(output.request_id), output, sampling.pack)
         finally:
             if running:
                 engine.abort_request(list(running))
@@ -255,23 +255,22 @@ class Engine:
             output_kind=RequestOutputKind.FINAL_ONLY,  # one output, when all of the group have finished
         )
 
-    def _group(self, prompt: Prompt, output: Any) -> Group:
+    def _group(self, prompt: Prompt, output: Any, pack: bool) -> Group:
         samples = []
         for response in sorted(output.outputs, key=lambda response: response.index):
-            tokens = np.array(response.token_ids, np.int32)
-            chosen = zip(response.token_ids, response.logprobs, strict=True)
+            tokens: Any = list(response.token_ids)
+            log_probs: Any = [entry[token].logprob for token, entry in zip(tokens, response.logprobs, strict=True)]
             assert response.finish_reason in ("stop", "length"), response.finish_reason
-            samples.append(
-                Sample(
-                    prompt=prompt,
-                    index=response.index,
-                    tokens=tokens,
-                    log_probs=np.array([entry[token].logprob for token, entry in chosen], np.float32),
-                    text=response.text,
-                    finish_reason=response.finish_reason,
-                    weight_version=self.weight_version,
-                )
+            sample = Sample(
+                prompt=prompt,
+                index=response.index,
+                tokens=tokens,
+                log_probs=log_probs,
+                text=response.text,
+                finish_reason=response.finish_reason,
+                weight_version=self.weight_version,
             )
+            samples.append(sample.pack() if pack else sample)
         return Group(prompt, samples)
 
 

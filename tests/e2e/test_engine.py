@@ -6,10 +6,12 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from numpy.testing import assert_array_equal
 from transformers import AutoModelForCausalLM
 
 from or1_megatron.architecture import read_architecture
@@ -119,6 +121,18 @@ def test_end_of_sequence_is_part_of_the_response_and_the_context_is_the_limit(wo
     ended = [sample for sample in samples(groups) if not sample.truncated]
     assert lengths and set(lengths) == {CONTEXT}
     assert ended and all(sample.tokens.tolist().index(EOS) == len(sample.tokens) - 1 for sample in ended)
+
+
+def test_a_response_that_is_packed_later_is_the_same(worker):
+    sampling = SamplingSpec(1.0, 1.0, 16, seed=3)
+    early, late = (
+        samples(list(worker.generate([prompt("what is 7?")], 4, dataclasses.replace(sampling, pack=pack))))
+        for pack in (True, False)
+    )
+    assert all(isinstance(sample.tokens, list) and isinstance(sample.log_probs, list) for sample in late)
+    for one, other in zip(early, (sample.pack() for sample in late), strict=True):
+        assert_array_equal(one.tokens, other.tokens, strict=True)
+        assert_array_equal(one.log_probs, other.log_probs, strict=True)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

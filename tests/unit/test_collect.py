@@ -172,12 +172,18 @@ class Decoding:
             texts = ("\\boxed{1}", "\\boxed{2}")
             yield Group(
                 prompt,
-                [Sample(prompt, i, np.array([i]), np.array([-1.0]), text, "stop", 0) for i, text in enumerate(texts)],
+                [self._sample(sampling, prompt, i, text) for i, text in enumerate(texts)],
             )
             until = time.monotonic() + self._patience_s
             while not self._rewards.spans and time.monotonic() < until:
                 time.sleep(0.01)
             self.checked.append(len(self._rewards.spans))
+
+    @staticmethod
+    def _sample(sampling: SamplingSpec, prompt: Prompt, index: int, text: str) -> Sample:
+        lists: Any = ([index], [-0.1])
+        sample = Sample(prompt, index, *lists, text, "stop", 0)
+        return sample.pack() if sampling.pack else sample
 
 
 @pytest.mark.parametrize("during", [True, False])
@@ -193,3 +199,16 @@ def test_responses_are_checked_while_others_are_decoded_or_afterwards(during: bo
     assert (decoding.checked[0] > 0) == during and (during or decoding.checked == [0, 0])
     assert [group.prompt for group in groups] == PROMPTS[:2]
     assert [[sample.reward for sample in group.samples] for group in groups] == [[1.0, 0.0]] * 2
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_tokens_and_log_probs_are_arrays_whoever_packs_them(early: bool):
+    tree = {"model": {"path": "/m"}, "reward": {"num_workers": 1}, "rollout": {"pack_while_decoding": early}}
+    wanted, spans = from_tree([("t", tree)]), Spans()
+    with RewardService(wanted.reward) as rewards:
+        decoding: Any = Decoding(wanted, rewards, patience_s=0)
+        groups = score_groups(decoding, rewards, PROMPTS[:2], 2, training_sampling(wanted), spans)
+    samples = [sample for group in groups for sample in group.samples]
+    assert [(sample.tokens.dtype, sample.log_probs.dtype) for sample in samples] == [("int32", "float32")] * 4
+    assert [sample.tokens.tolist() for sample in samples] == [[0], [1]] * 2
+    assert ("seconds/pack" in spans.take()) == (not early)
