@@ -1,11 +1,12 @@
-"""A GRPO step of ours beside TRL's GRPOTrainer: SmolLM2-135M in bf16, the same problems, batch, group and lengths.
+"""A GRPO step of ours beside TRL's GRPOTrainer: SmolLM2-135M, the same problems, batch, group and lengths.
 
     python benchmarks/end_to_end.py [--quick] [--json FILE]
 
 Ours: one Megatron rank with fp32 main weights, one vLLM engine, Math-Verify in its service, weights pushed before each
-rollout; MAGIC's loss with all groups kept. TRL: generation by transformers, its default loss, AdamW on bf16 weights.
-Both have two threads, neither uses KL, both take one optimizer step per rollout. No stop string: responses end at the
-limit, or with the end-of-sequence token. Memory is the peak of what a side's processes hold (proportional set size).
+rollout; MAGIC's loss with all groups kept. TRL: generation by transformers, its default loss, AdamW on the model's own
+weights. Both are in bf16, or in fp32 on a CPU that emulates bf16; both have two threads, neither uses KL, both take one
+optimizer step per rollout. No stop string: responses end at the limit, or with the end-of-sequence token. Memory is the
+peak of what a side's processes hold (proportional set size).
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's own programs: launch/ is not installed
 
-from benchmarks.harness import Benchmark, main  # noqa: E402
+from benchmarks.harness import Benchmark, main, model_dtype  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron.architecture import read_architecture  # noqa: E402
 from or1_megatron.data.prompts import load_prompts, load_tokenizer  # noqa: E402
 from or1_megatron.data.tasks import write_addition_problems  # noqa: E402
 from or1_megatron.recipe import from_tree  # noqa: E402
+from or1_megatron.reward.isolation import die_with_parent  # noqa: E402
 
 THREADS, GROUP, MICRO_BATCH = 2, 8, 16
 
 
-def config_of(model: Path, problems: Path, batch: int, longest: int) -> Any:
+def config_of(model: Path, problems: Path, dtype: str, batch: int, longest: int) -> Any:
     return from_tree([("benchmark", {
-        "model": {"path": str(model), "dtype": "bf16"},
+        "model": {"path": str(model), "dtype": dtype},
         "data": {"train": [str(problems)]},
         "parallel": {"token_budget": 1024, "cpu_threads_per_rank": THREADS},
         "loss": {"rejection": False},
@@ -55,7 +57,7 @@ def config_of(model: Path, problems: Path, batch: int, longest: int) -> Any:
 class Ours:
     """The parts of a run, as train.py uses them."""
 
-    def __init__(self, model: Path, problems: Path, batch: int, longest: int, stack: contextlib.ExitStack):
+    def __init__(self, model: Path, problems: Path, dtype: str, batch: int, longest: int, stack: contextlib.ExitStack):
         from or1_megatron.cluster import Cluster
         from or1_megatron.data.mixture import PromptMixture
         from or1_megatron.profiling.spans import Spans
@@ -63,7 +65,7 @@ class Ours:
         from or1_megatron.rollout.schedule import LengthHistory
         from or1_megatron.update import Updater
 
-        self.config = config_of(model, problems, batch, longest)
+        self.config = config_of(model, problems, dtype, batch, longest)
         architecture = read_architecture(model)
         prompts = load_prompts([str(problems)], load_tokenizer(str(model), architecture), context_length=128)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="or1-bench-")))
@@ -89,21 +91,23 @@ class Ours:
         return {**seconds, "tokens": float(sum(len(sample.tokens) for sample in rollout.samples))}
 
 
-def _serve_ours(pipe: Connection, model: Path, problems: Path, batch: int, longest: int) -> None:
+def _serve_ours(pipe: Connection, model: Path, problems: Path, dtype: str, batch: int, longest: int) -> None:
+    die_with_parent()
     with contextlib.ExitStack() as stack:
-        subject = Ours(model, problems, batch, longest, stack)
+        subject = Ours(model, problems, dtype, batch, longest, stack)
         pipe.send("ready")
         while pipe.recv():
             pipe.send(subject.step())
 
 
-def _serve_trl(pipe: Connection, model: Path, problems: Path, batch: int, longest: int) -> None:
+def _serve_trl(pipe: Connection, model: Path, problems: Path, dtype: str, batch: int, longest: int) -> None:
+    die_with_parent()
     from benchmarks.peers.grpo import Trl
 
     torch.set_num_threads(THREADS)
     tokenizer = load_tokenizer(str(model), read_architecture(model))
     prompts = load_prompts([str(problems)], tokenizer, context_length=128)
-    subject = Trl(model, prompts, batch, GROUP, longest, MICRO_BATCH)
+    subject = Trl(model, prompts, dtype, batch, GROUP, longest, MICRO_BATCH)
     pipe.send("ready")
     subject.next_step, subject.done = pipe.recv, pipe.send
     subject.serve()
@@ -174,14 +178,17 @@ def _compare(bench: Benchmark, model: Path, batch: int, longest: int) -> None:
     problems = folder / "train.jsonl"
     write_addition_problems(problems, folder / "held_out.jsonl", seed=0)
     samples = batch * GROUP
-    mine = Side(_serve_ours, model, problems, batch, longest)
+    dtype = model_dtype()
+    mine = Side(_serve_ours, model, problems, dtype, batch, longest)
     bench.stack.callback(mine.close)
-    theirs = Side(_serve_trl, model, problems, batch, longest)
+    theirs = Side(_serve_trl, model, problems, dtype, batch, longest)
     bench.stack.callback(theirs.close)
     amount = {"amount": samples, "unit": "samples"}
     ours = bench.case("or1_megatron", mine.step, **amount)
     peer = bench.case("TRL GRPOTrainer", theirs.step, kind="peer", **amount)
-    bench.note(f"{batch} prompts x {GROUP} responses of at most {longest} tokens a step, {THREADS} threads each")
+    bench.note(
+        f"{batch} prompts x {GROUP} responses of at most {longest} tokens a step in {dtype}, {THREADS} threads each"
+    )
     bench.note(lambda: f"or1_megatron: {mine.told(samples)}")
     bench.note(lambda: f"TRL: {theirs.told(samples)}")
     bench.mark("samples_over_trl", lambda: ours.median_rate / peer.median_rate, target=2.0)

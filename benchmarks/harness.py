@@ -219,9 +219,9 @@ def machine() -> dict[str, Any]:
     }
 
 
-def dtype_words() -> list[str]:
-    """Overrides of a recipe in bf16 for the machine at hand."""
-    return ["model.dtype=fp32"] if device.slow_in_bf16() else []
+def model_dtype() -> str:
+    """model.dtype of a benchmark in bf16 on the machine at hand: fp32 where bf16 products are emulated."""
+    return "fp32" if device.slow_in_bf16() else "bf16"
 
 
 def main(

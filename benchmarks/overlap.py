@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the repository's own programs: launch/ is not installed
 
-from benchmarks.harness import dtype_words, machine  # noqa: E402
+from benchmarks.harness import machine, model_dtype  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron.data.tasks import write_addition_problems  # noqa: E402
 from or1_megatron.runfolder import RunFolder  # noqa: E402
@@ -51,7 +51,7 @@ CASES = {
 def run(folder: Path, words: list[str], before: list[str]) -> list[dict[str, float]]:
     """The counted steps of one run."""
     recipe = ROOT / "launch" / "recipes" / "quickstart.yaml"
-    words = [f"run_dir={folder}", *dtype_words(), *words]
+    words = [f"run_dir={folder}", f"model.dtype={model_dtype()}", *words]
     command = [*before, sys.executable, "-m", "or1_megatron", "train", str(recipe), *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -27,7 +27,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's own programs: launch/ is not installed
 
-from benchmarks.harness import Benchmark, dtype_words, main  # noqa: E402
+from benchmarks.harness import Benchmark, main, model_dtype  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron import plan  # noqa: E402
 from or1_megatron.data.tasks import write_addition_problems  # noqa: E402
@@ -97,7 +97,8 @@ def recipe(table: list[tuple[Size, int]], model: Path, problems: Path) -> dict[s
 def run_of(tree: dict[str, Any], scratch: Path) -> RunFolder:
     """The run folder of `or1 train` with this recipe."""
     (scratch / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    command = [sys.executable, "-m", "or1_megatron", "train", "recipe.yaml", "run_dir=run", *dtype_words()]
+    words = ["recipe.yaml", "run_dir=run", f"model.dtype={model_dtype()}"]
+    command = [sys.executable, "-m", "or1_megatron", "train", *words]
     mine = {**os.environ, "PYTHONPATH": str(ROOT)}  # this checkout, wherever the installed package lies
     ended = subprocess.run(command, cwd=scratch, env=mine, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-2000:]

@@ -26,7 +26,7 @@ import ray
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's own programs: launch/ is not installed
 
-from benchmarks.harness import Benchmark, dtype_words, main  # noqa: E402
+from benchmarks.harness import Benchmark, main, model_dtype  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron.architecture import read_architecture  # noqa: E402
 from or1_megatron.cluster import Cluster  # noqa: E402
@@ -70,7 +70,7 @@ def config_of(model: Path, problems: Path, batch: int) -> Config:
         f"model.path={model}", f"data.train=[{problems}]", f"rollout.rollout_batch_size={batch}",
         f"rollout.group_size={GROUP}", f"rollout.num_engines={ENGINES}", "rollout.context_length=224",
         "rollout.max_response_length=0", "rollout.cpu_threads_per_engine=1", "parallel.token_budget=224",
-        *dtype_words(),
+        f"model.dtype={model_dtype()}",
     ]  # fmt: skip
     return load(ROOT / "launch" / "recipes" / "quickstart.yaml", words)
 

@@ -28,7 +28,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's own programs: launch/ is not installed
 
-from benchmarks.harness import Benchmark, dtype_words, main  # noqa: E402
+from benchmarks.harness import Benchmark, main, model_dtype  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron.cluster import Cluster  # noqa: E402
 from or1_megatron.data.tasks import write_addition_problems  # noqa: E402
@@ -108,7 +108,7 @@ def run_in_turns(scratch: Path, model: Path, steps: int) -> tuple[InTurns, list[
     words = [
         f"model.path={model}", f"data.train=[{scratch}/all.jsonl]", f"stages={json.dumps(stages)}",
         "optimizer.lr=1e-9", "loss.rejection=false", "rollout.stop=[]", "evaluation.files=[]", f"steps={steps}",
-        f"run_dir={scratch}/run", *dtype_words(),
+        f"run_dir={scratch}/run", f"model.dtype={model_dtype()}",
     ]  # fmt: skip
     config = load(ROOT / "launch" / "recipes" / "quickstart.yaml", words)
     inputs, folder, stop = check_inputs(config), RunFolder.create(config), Stop()

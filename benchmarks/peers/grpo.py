@@ -15,7 +15,10 @@ class Trl:
     """`serve` runs trainer.train(), whose callback waits for `next_step` before each step and gives `done` the phases'
     seconds after it."""
 
-    def __init__(self, model: Path, prompts: list[Prompt], batch: int, group: int, longest: int, micro_batch: int):
+    def __init__(
+        self, model: Path, prompts: list[Prompt], dtype: str, batch: int, group: int, longest: int, micro_batch: int
+    ):
+        """dtype: "bf16" or "fp32"."""
         from datasets import Dataset  # pyright: ignore[reportMissingImports]
         from transformers import TrainerCallback
         from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportMissingImports]
@@ -61,7 +64,7 @@ class Trl:
             gradient_checkpointing=False,
             disable_tqdm=True,
             logging_strategy="no",
-            model_init_kwargs={"dtype": "bfloat16"},
+            model_init_kwargs={"dtype": {"bf16": "bfloat16", "fp32": "float32"}[dtype]},
         )
         rows = [{"prompt": prompt.text, "answer": prompt.ground_truth[0]} for prompt in prompts]
         self._trainer = Timed(
