@@ -202,28 +202,31 @@ def measure(bench: Benchmark, quick: bool) -> None:
     bench.mark("arrays_during_over_after", lambda: late.best / packed.best, 1.0)
 
 
-def simulated(stage: tuple[str, int, int, int, int], gpus: int, schedule: str, overlaps: bool) -> StepTime:
+def simulated(stage: tuple[str, int, int, int, int], gpus: int, schedule: str, *, overlaps: bool = True) -> StepTime:
     size, engine_tp, batch, group, context = stage
     work = Work(
         rollout_batch_size=batch, group_size=group, context_length=context, num_sgd_steps=1, lengths=LENGTHS,
-        kept_share=1.0, recomputes_old_log_probs=False, overlaps_scoring=overlaps, policy=schedule,
+        kept_share=1.0, recomputes_old_log_probs=False, overlaps_scoring=overlaps, overlaps_packing=overlaps,
+        policy=schedule,
     )  # fmt: skip
     model = MODELS[f"DeepSeek-R1-Distill-Qwen-{size}"]
     return predict(work, costs_of(model, Layout(num_devices=gpus, engine_tp=engine_tp), H800))
 
 
 def simulate(bench: Benchmark, quick: bool) -> None:
-    bench.note("\nsimulated rollout at the paper's scale, s; then verdicts and moving data, checked after / during, s")
-    bench.note(f"{'':34} {'GPUs':>5} " + " ".join(f"{name:>14}" for name in SCHEDULES) + f" {'after':>8} {'during':>8}")
+    bench.note("\nsimulated rollout at the paper's scale, s; verdicts and moving data, then packing, after / during, s")
+    last = "".join(f" {name:>8}" for name in ("after", "during") * 2)
+    bench.note(f"{'':34} {'GPUs':>5} " + " ".join(f"{name:>14}" for name in SCHEDULES) + last)
     gains = []
     for stage in STAGES[:1] if quick else STAGES:
         size, engine_tp, batch, group, context = stage
         label = f"{size}, engines of {engine_tp}, {batch} x {group} at {context // 1024}K"
         for gpus in (64, 128, 256):
-            times = [simulated(stage, gpus, schedule, overlaps=True) for schedule in SCHEDULES]
+            times = [simulated(stage, gpus, schedule) for schedule in SCHEDULES]
             after = simulated(stage, gpus, SCHEDULES[-1], overlaps=False)
             seconds = " ".join(f"{time.rollout:14.0f}" for time in times)
-            bench.note(f"{label:34} {gpus:5} {seconds} {after.scoring:8.0f} {times[-1].scoring:8.0f}")
+            rest = [after.scoring, times[-1].scoring, after.packing, times[-1].packing]
+            bench.note(f"{label:34} {gpus:5} {seconds}" + "".join(f" {value:8.1f}" for value in rest))
             gains.append(times[0].rollout / times[-1].rollout)
     bench.mark("simulated_longest_first_over_round_robin", lambda: min(gains), 1.0)
 

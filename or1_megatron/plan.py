@@ -216,6 +216,7 @@ def _stages(config: Config, assumptions: Assumptions) -> list[tuple[Work, int]]:
             kept_share=assumptions.kept(rollout.group_size) if stage.loss.rejection else 1.0,
             recomputes_old_log_probs=stage.loss.old_log_probs == "recompute",
             overlaps_scoring=stage.reward.during_rollout,
+            overlaps_packing=rollout.pack_while_decoding,
             prompt_tokens=min(128, rollout.context_length // 2),
             max_response_length=rollout.max_response_length,
             policy=rollout.schedule,
@@ -228,7 +229,7 @@ def _stages(config: Config, assumptions: Assumptions) -> list[tuple[Work, int]]:
 
 
 def _cells(time: StepTime, steps: int) -> str:
-    rest = time.scoring + time.old_log_probs
+    rest = time.others - time.sync
     seconds = (time.rollout, time.update, time.sync, rest, time.total, time.total * steps / 3600)
     return " ".join(f"{value:8.1f}" for value in seconds) + f" {time.tail / max(1e-9, time.rollout):8.0%}"
 

@@ -151,6 +151,7 @@ class Calibration:
             sync=self.sync_s,
             step_s=0.0,
             scoring_s=0.0,
+            packing_s=0.0,
             rest_s=self.rest_s,
         )
 

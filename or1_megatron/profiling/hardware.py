@@ -37,6 +37,7 @@ class Hardware:
     optimizer_step_s: float  # of an update, per optimizer step
     step_s: float  # of the rest of a step, whatever the batch: the slowest check, switching, waiting
     scoring_s: float  # of the rest of a step, per response: checking it and moving it through the driver
+    packing_s: float  # of the rest of a step, per generated token, where the driver packs: benchmarks/rollout.py
 
     def replaced(self, **values: float) -> Hardware:
         return dataclasses.replace(self, **values)
@@ -61,5 +62,6 @@ H800 = Hardware(
     optimizer_step_s=5.5,
     step_s=24.0,
     scoring_s=0.038,
+    packing_s=60e-9,
 )
 KNOWN = {"h800": H800, "h100": dataclasses.replace(H800, name="H100 80 GB", link=450e9)}

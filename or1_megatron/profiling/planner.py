@@ -6,7 +6,7 @@ update   forward and backward FLOPs of the kept responses, times 4/3 with full r
          move, by bytes over link or network; and a constant per optimizer step
 others   pushing the weights, old log-probs where they are recomputed, and a constant and a share per response for
          scoring and for moving data through the driver. Scoring that overlaps with decoding hides behind it: what
-         is left of it is the share of the responses that end last.
+         is left of it is the share of the responses that end last. Packing that does not overlap: a time per token.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Work:
     kept_share: float  # of the groups, after rejection
     recomputes_old_log_probs: bool
     overlaps_scoring: bool
+    overlaps_packing: bool = True
     prompt_tokens: int = 128
     max_response_length: int = 0  # 0: what the context leaves
     policy: str = "round_robin"  # how prompts are dealt to the engines
@@ -71,6 +72,7 @@ class StepTime:
     sync: float
     old_log_probs: float
     scoring: float
+    packing: float
     mean_engine: float  # of the rollout, until the average engine has ended
     tail: float  # of the rollout, with at most 5 % of all responses still unfinished
     preempted: float
@@ -78,7 +80,7 @@ class StepTime:
 
     @property
     def others(self) -> float:
-        return self.sync + self.old_log_probs + self.scoring
+        return self.sync + self.old_log_probs + self.scoring + self.packing
 
     @property
     def total(self) -> float:
@@ -96,6 +98,7 @@ class Costs:
     sync: float
     step_s: float  # see Hardware
     scoring_s: float
+    packing_s: float
     rest_s: float = 0.0  # of the rest, as measured: what no overlap hides any more
 
 
@@ -109,6 +112,7 @@ def costs_of(architecture: Architecture, layout: Layout, hardware: Hardware) -> 
         sync=sync_seconds(architecture, layout, hardware),
         step_s=hardware.step_s,
         scoring_s=hardware.scoring_s,
+        packing_s=hardware.packing_s,
     )
 
 
@@ -136,16 +140,18 @@ def _predict(work: Work, costs: Costs, rng: random.Random) -> StepTime:
     if work.overlaps_scoring:
         scoring = max(_OVERLAP_REST * scoring, scoring - rollout)
     scoring += costs.rest_s
+    tokens = sum(part.tokens for part in rounds)
     return StepTime(
         rollout=rollout,
         update=costs.update(lengths, work.num_sgd_steps) if lengths else 0.0,
         sync=costs.sync,
         old_log_probs=costs.old_log_probs(lengths) if work.recomputes_old_log_probs else 0.0,
         scoring=scoring,
+        packing=0.0 if work.overlaps_packing else tokens * costs.packing_s,
         mean_engine=sum(part.mean_seconds for part in rounds),
         tail=sum(part.tail_seconds for part in rounds),
         preempted=sum(part.preempted for part in rounds),
-        tokens=sum(part.tokens for part in rounds),
+        tokens=tokens,
     )
 
 

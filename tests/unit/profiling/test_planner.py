@@ -34,6 +34,8 @@ def test_what_is_left_out_costs_nothing_and_overlap_hides_scoring():
     assert predict(replace(WORK, recomputes_old_log_probs=False), costs).old_log_probs == 0 < full.old_log_probs
     hidden = predict(replace(WORK, overlaps_scoring=True), costs).scoring
     assert 0.05 * full.scoring <= hidden < full.scoring
+    packed_after = predict(replace(WORK, overlaps_packing=False), costs)
+    assert full.packing == 0 < packed_after.packing == pytest.approx(packed_after.others - full.others)
     assert full.total == pytest.approx(full.rollout + full.update + full.others)
     assert 0 < full.tail < full.rollout and full.mean_engine <= full.rollout
 
