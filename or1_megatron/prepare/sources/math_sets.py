@@ -139,7 +139,7 @@ MATH_SCHEMAS = (
         "STILL-3-Preview-RL-Data",
         (Form(("question", "answer"), ("solution",), _question_and_answer),),
         "none stated",
-        hub="RUC-AIBOX/STILL-3-Preview-RL-Data:data/train-*.parquet",
+        hub="RUC-AIBOX/STILL-3-Preview-RL-Data",
     ),
     Schema(
         "omni_math",
