@@ -28,9 +28,10 @@ def expected(logits: torch.Tensor, slope: torch.Tensor, offset: torch.Tensor) ->
     return top, v.exp().sum(1), (v.exp() * v).sum(1), gradient
 
 
+@pytest.mark.parametrize("columns", [100, 5000, 8192, 9000])  # less than a block, whole blocks, blocks and a rest
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_passes_equal_float64(way: str, dtype: torch.dtype) -> None:
-    logits, slope, offset = case(dtype)
+def test_passes_equal_float64(way: str, dtype: torch.dtype, columns: int) -> None:
+    logits, slope, offset = case(dtype, columns=columns)
     before = logits.clone()
     *stats, gradient = expected(logits, slope, offset)
     found = vocab_kernels.statistics(logits, TEMPERATURE)
