@@ -16,13 +16,14 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 
 import torch
 
 from or1_megatron.architecture import Architecture, read_architecture
+from or1_megatron.display import heartbeat
 from or1_megatron.errors import UserError
 from or1_megatron.parallel.hf_files import HFWeights, write_hf
 from or1_megatron.parallel.layout import hf_shapes
@@ -198,18 +199,29 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _progress(title: str, num_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal; in the end one line with bytes and seconds. Yields advance(bytes)."""
+    """A progress bar on a terminal, else a line now and then; in the end one line with bytes and seconds. Yields
+    advance(bytes)."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    started, lock = time.monotonic(), threading.Lock()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    started, lock, done = time.monotonic(), threading.Lock(), 0
+
+    def tell(seconds: float) -> None:
+        text = f"{title}: {done / 1e9:.2f} of {num_bytes / 1e9:.2f} GB after {seconds:.0f} s"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    with (
+        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar,
+        nullcontext() if console.is_terminal else heartbeat(tell),
+    ):
         task = bar.add_task("convert", total=num_bytes)
 
         def advance(written: int) -> None:
+            nonlocal done
             with lock:
+                done += written
                 bar.advance(task, written)
 
         yield advance

@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -23,6 +24,24 @@ from rich.text import Text
 NUM_ROWS = 8
 HEARTBEAT_S = 30.0
 PHASES = ("rollout", "update", "sync")
+
+
+@contextmanager
+def heartbeat(tell: Callable[[float], None], every_s: float = HEARTBEAT_S) -> Iterator[None]:
+    """Calls tell(seconds since the start), in a thread of its own, again and again while the block lasts."""
+    started, ended = time.monotonic(), threading.Event()
+
+    def beat() -> None:
+        while not ended.wait(every_s):
+            tell(time.monotonic() - started)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class Display:

@@ -1,25 +1,29 @@
-"""What `or1 prepare` shows: a bar for the step under way on a terminal, a line for each that is done, a table."""
+"""What `or1 prepare` shows: a bar for the step under way on a terminal, a line now and then anywhere else; a line for
+each step that is done, a table."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from or1_megatron.display import HEARTBEAT_S, heartbeat
 
 if TYPE_CHECKING:
     from or1_megatron.prepare.runner import Report
 
 
 class Bars:
-    """A context manager around the whole pipeline. Bars go to stderr, and only to a terminal."""
+    """A context manager around the whole pipeline. Everything goes to stderr."""
 
-    def __init__(self) -> None:
+    def __init__(self, heartbeat_s: float = HEARTBEAT_S) -> None:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         columns += (TimeElapsedColumn(), TimeRemainingColumn())
+        self._heartbeat_s = heartbeat_s
         self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
 
     def __enter__(self) -> Bars:
@@ -32,9 +36,20 @@ class Bars:
     @contextmanager
     def step(self, name: str, total: int | None) -> Iterator[Callable[[int], None]]:
         """total: its rows; None where they are not known. Yields advance(rows)."""
-        task = self._progress.add_task(name, total=total)
+        task, done = self._progress.add_task(name, total=total), 0
+
+        def advance(rows: int) -> None:
+            nonlocal done
+            done += rows
+            self._progress.advance(task, rows)
+
+        def tell(seconds: float) -> None:
+            self.message(f"{name}: {done:,} {'' if total is None else f'of {total:,} '}rows done after {seconds:.0f} s")
+
+        bar_alone = self._progress.console.is_terminal
         try:
-            yield lambda rows: self._progress.advance(task, rows)
+            with nullcontext() if bar_alone else heartbeat(tell, self._heartbeat_s):
+                yield advance
         finally:
             self._progress.remove_task(task)
 

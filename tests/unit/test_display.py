@@ -8,7 +8,7 @@ import time
 
 from rich.console import Console
 
-from or1_megatron.display import Display
+from or1_megatron.display import Display, heartbeat
 
 METRICS = {
     "step": 1,
@@ -108,3 +108,12 @@ def test_without_a_terminal_short_phases_are_silent():
             display.phase("rollout")
             time.sleep(0.1)
     assert file.getvalue() == ""
+
+
+def test_a_heartbeat_ends_with_its_block():
+    told: list[float] = []
+    with heartbeat(told.append, every_s=0.02):
+        time.sleep(0.3)
+    count = len(told)
+    time.sleep(0.1)
+    assert count == len(told) > 1 and told == sorted(told)
