@@ -181,8 +181,9 @@ class Decoding:
 
     @staticmethod
     def _sample(sampling: SamplingSpec, prompt: Prompt, index: int, text: str) -> Sample:
-        lists: Any = ([index], [-0.1])
-        sample = Sample(prompt, index, *lists, text, "stop", 0)
+        tokens: Any = [index]
+        log_probs: Any = [-0.1]
+        sample = Sample(prompt, index, tokens, log_probs, text, "stop", 0)
         return sample.pack() if sampling.pack else sample
 
 
