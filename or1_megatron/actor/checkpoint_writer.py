@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
@@ -103,7 +102,6 @@ def _write(transforms: list[Any], buckets: list[Any], results: _Results, parent:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # no writer outlives its rank
     if os.getppid() != parent:
         return
-    torch.serialization.set_crc32_options(False)  # torch.load never checks them; a run has sums of its own
     found, sums = {}, {}
     for index, bucket in enumerate(buckets):
         outcome: Any = queue.SimpleQueue()  # Megatron says multiprocessing's, but nothing leaves this process
