@@ -30,7 +30,7 @@ from benchmarks.harness import Benchmark, main  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron.parallel import device  # noqa: E402
 from or1_megatron.parallel.packing import pack, plan  # noqa: E402
-from or1_megatron.profiling.flops import training_flops  # noqa: E402
+from or1_megatron.profiling.flops import Tokens, training_flops  # noqa: E402
 from or1_megatron.recipe import from_tree  # noqa: E402
 from or1_megatron.reward.isolation import die_with_parent  # noqa: E402
 from or1_megatron.types import Sequence  # noqa: E402
@@ -234,9 +234,10 @@ def _describe(
 ) -> None:
     from or1_megatron.architecture import read_architecture
 
+    response_tokens = sum(s.num_response_tokens for s in sequences(lengths))
     ask("step")  # the first step also allocates
     seconds = ask("step")[0]
-    rate = training_flops(read_architecture(model), lengths) / seconds
+    rate = training_flops(read_architecture(model), Tokens(lengths, response_tokens)) / seconds
     peak = ask("peak_flops")[1]
     parts = ask("parts")[1]
     shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in parts.items())

@@ -100,9 +100,13 @@ def calibrated_steps(
 ) -> list[tuple[StepTime, int]]:
     """(a step's time, steps) of each stage."""
     architecture = read_architecture(config.model.path)
-    costs = calibration.costs(architecture, config.parallel.num_ranks, config.rollout.num_engines)
+    shown = {"prompt_tokens": calibration.prompt_tokens, "shares_prompts": calibration.shares_prompts}
+    costs = calibration.costs(
+        architecture, config.parallel.num_ranks, config.rollout.num_engines,
+        replicas=config.dp, token_budget=config.widest().token_budget,
+    )  # fmt: skip
     return [
-        (predict(dataclasses.replace(work, prompt_tokens=calibration.prompt_tokens), costs, draws), steps)
+        (predict(dataclasses.replace(work, **shown), costs, draws), steps)
         for work, steps in _stages(config, assumptions)
     ]
 
@@ -221,6 +225,8 @@ def _stages(config: Config, assumptions: Assumptions) -> list[tuple[Work, int]]:
             max_response_length=rollout.max_response_length,
             policy=rollout.schedule,
             max_generated_factor=rollout.max_generated_factor,
+            # With TransformerEngine, which auto takes on a GPU, they are not shared.
+            shares_prompts=stage.parallel.share_prompts and stage.model.transformer_impl == "torch",
         )
         if end > first:
             found.append((work, end - first))

@@ -47,6 +47,10 @@ class ParallelConfig:
         "most tokens in one packed micro-batch, over its cp ranks; at least, and with 0 exactly, the context length, "
         "rounded up to a multiple of tp (of 2 * cp * tp when cp > 1)",
     )
+    share_prompts: bool = key(
+        True, "compute a prompt once for responses of its group that share a micro-batch; only with cp=1 and without "
+        "TransformerEngine, whose attention does not know how",
+    )  # fmt: skip
     cpu_threads_per_rank: int = key(1, "OpenMP threads of one actor rank on a machine without a GPU")
     timeout_s: int = key(600, "longest a collective may wait for a rank, seconds")
 

@@ -5,6 +5,8 @@ Shape letters: T tokens of one packed micro-batch, S sequences in it, R tokens o
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -145,23 +147,42 @@ class MicroBatch:
     """Sequences packed end to end (THD): never padded between sequences beyond the alignment.
 
     Position t predicts labels_T[t], the next token of the same sequence; weights_T is above 0 where that token is a
-    response token and 0 elsewhere (prompt, last position, alignment padding).
+    response token and 0 elsewhere (prompt, last position, alignment padding). A prompt that several sequences share
+    may stand once, without its last token, as a stretch of its own before the stretches that continue it: those begin
+    with the prompt's last token, which predicts another token in each.
     """
 
     tokens_T: torch.Tensor  # int64
-    positions_T: torch.Tensor  # int64, restarts at 0 in each sequence
+    positions_T: torch.Tensor  # int64, of each token in its sequence
     labels_T: torch.Tensor  # int64
     weights_T: torch.Tensor  # float32, 1 or what rl/loss.py calls w
     advantages_T: torch.Tensor  # float32
     old_log_probs_T: torch.Tensor | None  # float32; None: on-policy
-    cu_seqlens: tuple[int, ...]  # S+1 offsets; cu_seqlens[-1] == T
+    cu_seqlens: tuple[int, ...]  # offsets of the stretches, and T; a stretch is a sequence where no prompt is shared
     sequence_ids: tuple[int, ...]  # S indices into the list that was packed
     engine_log_probs_T: torch.Tensor | None = None  # float32
     reference_log_probs_T: torch.Tensor | None = None  # float32
+    continues: tuple[int | None, ...] = ()  # per stretch the one with its prompt; (): no prompt is shared
 
     @property
     def num_tokens(self) -> int:
         return self.cu_seqlens[-1]
+
+    @property
+    def spared_prompts(self) -> list[int]:
+        """Tokens that were left out: the length of a shared prompt for each sequence after the first that continues
+        it."""
+        prompts = [prompt for prompt in self.continues if prompt is not None]
+        lengths = {prompt: self.cu_seqlens[prompt + 1] - self.cu_seqlens[prompt] for prompt in prompts}
+        return [lengths[prompt] for prompt, following in itertools.pairwise(prompts) if prompt == following]
+
+    def locate(self, place: int) -> tuple[int | None, int]:
+        """(sequence, token in it) of a position of the pack; None for the sequence in a pack of padding. In a shared
+        prompt the first sequence that continues it."""
+        stretch = bisect.bisect_right(self.cu_seqlens, place) - 1
+        shared = {prompt for prompt in self.continues if prompt is not None}
+        before = sum(other not in shared for other in range(stretch))
+        return self.sequence_ids[before] if self.sequence_ids else None, int(self.positions_T[place])
 
     def __getstate__(self) -> dict[str, Any]:
         """Arrays for the tensors: Ray moves those as they are, and would pickle these."""

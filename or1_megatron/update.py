@@ -11,8 +11,9 @@ from or1_megatron.architecture import Architecture
 from or1_megatron.cluster import Cluster
 from or1_megatron.collect import Rollout
 from or1_megatron.config import Config
-from or1_megatron.parallel.packing import Plan, pack, plan, unpack_response_values
-from or1_megatron.profiling.flops import training_flops
+from or1_megatron.parallel.device import use_transformer_engine
+from or1_megatron.parallel.packing import Plan, pack, plan, shared_prompts, unpack_response_values
+from or1_megatron.profiling.flops import Tokens, training_flops
 from or1_megatron.profiling.spans import Spans
 from or1_megatron.rl.advantage import group_advantages
 from or1_megatron.types import Group, MicroBatch, Sample, Sequence, TokenValues
@@ -23,6 +24,7 @@ class Updater:
 
     def __init__(self, config: Config, architecture: Architecture, cluster: Cluster, spans: Spans):
         self.config, self._architecture, self._cluster, self._spans = config, architecture, cluster, spans
+        self._shares_prompts = shares_prompts(config)
 
     def vocabulary_entropy(self, rollout: Rollout) -> float:
         """Full-vocabulary entropy of the actor over all sampled tokens of the rollout buffer, nats per token."""
@@ -95,6 +97,7 @@ class Updater:
                 lr=learning_rate,
                 temperature=self.config.rollout.temperature,
             )
+        passed = computed(sequences, batches)
         names = results[0].sums
         totals = {name: sum(result.sums[name] for result in results) / num_tokens for name in names}
         log_probs = _in_order(sequences, batches, [result.values for result in results], "log_probs_T")
@@ -105,22 +108,27 @@ class Updater:
             "clip_fraction": totals.pop("clipped"),
             **{f"loss/{name}": value for name, value in totals.items()},
             "tokens": sum(len(s.tokens) for s in sequences),
-            "flops": training_flops(self._architecture, [len(s.tokens) for s in sequences]),
+            "flops": training_flops(self._architecture, passed),
             "packing/imbalance": layout.imbalance,
             "packing/micro_batch_imbalance": layout.micro_batch_imbalance,
+            "packing/spared_tokens": sum(passed.spared),
         }, log_probs
 
     def packed(self, sequences: list[Sequence]) -> tuple[Plan, list[list[MicroBatch]]]:
         """The balanced plan, and each replica's micro-batches."""
-        alignment = self.config.alignment
+        alignment, share = self.config.alignment, self._shares_prompts
         layout = plan(
             [len(sequence.tokens) for sequence in sequences],
             num_ranks=self.config.dp,
             token_budget=self.config.token_budget,
             alignment=alignment,
             linear_work=self._architecture.linear_work,
+            shared=shared_prompts(sequences) if share else (),
         )
-        batches = [[pack(sequences, ids, alignment=alignment) for ids in rank] for rank in layout.micro_batches]
+        batches = [
+            [pack(sequences, ids, alignment=alignment, share_prompts=share) for ids in rank]
+            for rank in layout.micro_batches
+        ]
         return layout, batches
 
     def _score(self, sequences: list[Sequence], quantity: str, *, reference: bool = False) -> list[np.ndarray]:
@@ -140,6 +148,18 @@ class Updater:
         actor = _in_order([sequence], batches, values, "log_probs_T")[0]
         gaps = [np.abs(np.array(engine) - actor) for engine in self._cluster.engine_log_probs(tokens)]
         return float(max(gap.mean() for gap in gaps)), float(max(gap.max() for gap in gaps))
+
+
+def shares_prompts(config: Config) -> bool:
+    """Whether the actor computes a prompt once for several responses: its attention has to know how."""
+    ours = not use_transformer_engine(config.model.transformer_impl)
+    return config.parallel.share_prompts and ours and config.parallel.cp == 1
+
+
+def computed(sequences: list[Sequence], batches: list[list[MicroBatch]]) -> Tokens:
+    """What a pass over the packed sequences computes, padding aside."""
+    spared = [length for batch in itertools.chain(*batches) for length in batch.spared_prompts]
+    return Tokens([len(s.tokens) for s in sequences], sum(s.num_response_tokens for s in sequences), spared)
 
 
 def mini_batches(sizes: list[int], mini_batch_size: int) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from or1_megatron.architecture import parse_architecture
 from or1_megatron.parallel import device
 from or1_megatron.parallel.layout import hf_shapes
 from or1_megatron.parallel.packing import pack
-from or1_megatron.profiling.flops import training_flops
+from or1_megatron.profiling.flops import Tokens, training_flops
 from or1_megatron.recipe import from_tree
 from or1_megatron.types import MicroBatch, Sequence
 
@@ -112,7 +112,7 @@ def _steps(
         device.take_peak_memory()
         step()
         peak_gib = device.take_peak_memory() / 2**30
-        flops = training_flops(a, lengths_of(pack_tokens) * (sizes.step_tokens // pack_tokens))
+        flops = training_flops(a, Tokens(lengths_of(pack_tokens) * (sizes.step_tokens // pack_tokens)))
         mfu = partial(_of_peak, case, flops, ceilings.peak_flops)
         case.remark = lambda case=case, flops=flops, mfu=mfu, peak_gib=peak_gib: (
             f"MFU {mfu():.1%}, {_of_peak(case, flops, ceilings.flops):.0%} of the product's rate, {peak_gib:.1f} GiB"

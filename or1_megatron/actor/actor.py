@@ -7,8 +7,6 @@ this context-parallel rank, V columns of the padded vocabulary on this rank.
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -23,13 +21,12 @@ from megatron.core.transformer.module import Float16Module
 
 from or1_megatron.actor import checkpoint
 from or1_megatron.actor.checkpoint_writer import CheckpointWriter
+from or1_megatron.actor.held import Held
 from or1_megatron.actor.mesh import build_mesh
 from or1_megatron.actor.model import DTYPES, build_model, hand_hidden_states_through, head_inputs, packed_parameters
 from or1_megatron.actor.weights import WeightSource
 from or1_megatron.architecture import read_architecture
 from or1_megatron.config import Config
-from or1_megatron.errors import RunFailure
-from or1_megatron.parallel.context import Part, gather, part_of
 from or1_megatron.parallel.device import device, keep_memory, peak_flops, release_memory, use_transformer_engine
 from or1_megatron.parallel.dims import Dims
 from or1_megatron.parallel.file_sums import FileSums
@@ -219,18 +216,17 @@ class MegatronActor:
         )
 
     def _forward(self, reduce: Callable, batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Callable]:
-        batch, here = next(batches), self.mesh.coordinates.cp
-        part = part_of(batch.cu_seqlens, rank=here, num_ranks=self.mesh.dims.cp, device=device())
-        mine = _take(batch, part)
+        held = Held.of(next(batches), self.mesh)
+        tokens = held.tokens
         keep_dtype = {"fp32_output": False} if self._bf16 else {}
         output = model(
-            mine.tokens_T.unsqueeze(0),
-            mine.positions_T.unsqueeze(0),
+            tokens.tokens_T.unsqueeze(0),
+            tokens.positions_T.unsqueeze(0),
             None,
-            packed_seq_params=packed_parameters(batch, part, mine.positions_T, self._gpt, self._max_seqlen),
+            packed_seq_params=packed_parameters(tokens, held.part, tokens.positions_T, self._gpt, self._max_seqlen),
             **keep_dtype,
         )
-        return output, partial(reduce, mine, part)
+        return output, partial(reduce, held)
 
     def _shard(self, temperature: float) -> Shard:
         a, dims = self.architecture, self.mesh.dims
@@ -239,21 +235,21 @@ class MegatronActor:
         return Shard(a.vocab_size, self.mesh.coordinates.tp * columns, group, temperature)
 
     def _score(
-        self, mine: MicroBatch, part: Part, output_1tX: torch.Tensor, *, temperature: float
+        self, held: Held, output_1tX: torch.Tensor, *, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
-        shard = self._shard(temperature)
+        labels_R, shard = held.predicting.labels_T, self._shard(temperature)
         if self._fused_head:
-            hidden_tH, weight_VH = head_inputs(self._gpt, output_1tX, self.mesh)
-            found = head_log_probs_and_entropy(hidden_tH, weight_VH, mine.labels_T, shard)
+            found = head_log_probs_and_entropy(
+                *head_inputs(self._gpt, output_1tX, held.rows_R, self.mesh), labels_R, shard
+            )
         else:
-            found = log_probs_and_entropy(output_1tX.squeeze(0), mine.labels_T, shard)
-        values = self._values(mine, part, *found)
+            found = log_probs_and_entropy(output_1tX.squeeze(0)[held.rows_R], labels_R, shard)
+        values = held.token_values(*found, self.mesh)
         return output_1tX.new_zeros(()), torch.zeros((), dtype=torch.int, device=device()), ({}, values)
 
     def _loss(
         self,
-        mine: MicroBatch,
-        part: Part,
+        held: Held,
         output_1tX: torch.Tensor,
         *,
         entropy_coefficient: float,
@@ -261,7 +257,7 @@ class MegatronActor:
         temperature: float,
     ) -> tuple[torch.Tensor, torch.Tensor, Any]:
         sums: dict[str, torch.Tensor] = {}
-        wanted = self.config.loss
+        wanted, mine = self.config.loss, held.predicting
 
         def token_loss(log_probs_c: torch.Tensor, entropy_c: torch.Tensor, rows: slice) -> torch.Tensor:
             terms = magic_loss(
@@ -286,33 +282,16 @@ class MegatronActor:
 
         shard = self._shard(temperature)
         if self._fused_head:
-            hidden_tH, weight_VH = head_inputs(self._gpt, output_1tX, self.mesh)
+            hidden_RH, weight_VH = head_inputs(self._gpt, output_1tX, held.rows_R, self.mesh)
             grad_VH = weight_VH.main_grad  # type: ignore[attr-defined]  # of Megatron's DistributedDataParallel
-            loss, *found = head_loss(hidden_tH, weight_VH, grad_VH, mine.labels_T, shard, token_loss)
+            loss, *found = head_loss(hidden_RH, weight_VH, grad_VH, mine.labels_T, shard, token_loss)
         else:
-            found = log_probs_and_entropy(output_1tX.squeeze(0), mine.labels_T, shard)
+            found = log_probs_and_entropy(output_1tX.squeeze(0)[held.rows_R], mine.labels_T, shard)
             loss = token_loss(*found, slice(None))
-        values = self._values(mine, part, *found)
+        log_probs_R, entropy_R = found
+        values = held.token_values(log_probs_R, entropy_R, self.mesh)
         # Megatron's triple: loss, token count (ignored, see finalize above), what to hand back.
         return loss, torch.zeros((), dtype=torch.int, device=device()), (sums, values)
-
-    def _values(self, mine: MicroBatch, part: Part, log_probs_t: torch.Tensor, entropy_t: torch.Tensor) -> TokenValues:
-        """Of the whole pack, in its order, on the host. Raises RunFailure at the first that is not finite."""
-        values_t2 = torch.stack((log_probs_t.detach(), entropy_t.detach()), dim=1).float()
-        values_T2 = gather(values_t2, part, self.mesh.cp_group).cpu().numpy()
-        finite_T = np.isfinite(values_T2).all(1)
-        if finite_T.all():
-            return TokenValues(values_T2[:, 0].copy(), values_T2[:, 1].copy())
-        place = int(finite_T.argmin())
-        sequence = bisect.bisect_right(mine.cu_seqlens, place) - 1
-        of = f"sequence {mine.sequence_ids[sequence]} of the batch" if mine.sequence_ids else "a pack of padding"
-        here = self.mesh.coordinates
-        holder = dataclasses.replace(here, cp=int(part.place_T[place]) * part.num_ranks // len(values_T2))
-        raise RunFailure(
-            f"rank {self.mesh.dims.rank(**dataclasses.asdict(holder))}: the logits at token "
-            f"{place - mine.cu_seqlens[sequence]} of {of} are not finite (log-prob {values_T2[place, 0]}, entropy "
-            f"{values_T2[place, 1]}); no optimizer step was taken"
-        )
 
     def begin_save(self, directory: Path) -> None:
         """Has weights, optimizer and generators written into an existing empty directory. Collective."""
@@ -340,11 +319,3 @@ class MegatronActor:
 
 def _rows(values_t: torch.Tensor | None, rows: slice) -> torch.Tensor | None:
     return None if values_t is None else values_t[rows]
-
-
-def _take(batch: MicroBatch, part: Part) -> MicroBatch:
-    """This rank's tokens of the pack, on the device; offsets and ids stay those of the pack."""
-    tensors = {
-        name: part.take(value.to(device())) for name, value in vars(batch).items() if isinstance(value, torch.Tensor)
-    }
-    return dataclasses.replace(batch, **tensors)

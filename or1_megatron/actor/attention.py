@@ -63,16 +63,21 @@ class PackedAttention(torch.nn.Module):
 
 
 def _of_runs(values_KtD: torch.Tensor, part: Part) -> list[torch.Tensor]:
-    """[sequences, K, length, D] of each run of stretches of one length: one call attends to a whole run."""
-    pieces = values_KtD.split([count * length for count, length in part.runs], 1)
-    return [piece.unflatten(1, run).transpose(0, 1) for piece, run in zip(pieces, part.runs, strict=True)]
+    """[stretches, K, length, D] of each run of stretches of one length: one call attends to a whole run."""
+    pieces = values_KtD.split([run.count * run.num_queries for run in part.runs], 1)
+    return [piece.unflatten(1, run[:2]).transpose(0, 1) for piece, run in zip(pieces, part.runs, strict=True)]
 
 
 def _seen(values_KTD: torch.Tensor, part: Part) -> list[torch.Tensor]:
-    """What the queries of each run see. With context parallel two stretches see keys of the same sequence."""
-    if part.num_ranks == 1:
-        return _of_runs(values_KTD, part)
-    return [values_KTD[None, :, s.key : s.key + s.num_keys] for s in part.stretches]
+    """What the queries of each run see: their stretches, after the prompt that these share. With context parallel two
+    stretches see keys of the same sequence."""
+    if part.num_ranks > 1:
+        return [values_KTD[None, :, s.key : s.key + s.num_keys] for s in part.stretches]
+    own = _of_runs(values_KTD, part)
+    return [
+        piece if run.continues is None else torch.cat((own[run.continues].expand(run.count, -1, -1, -1), piece), 2)
+        for piece, run in zip(own, part.runs, strict=True)
+    ]
 
 
 class RMSNorm(torch.nn.Module):

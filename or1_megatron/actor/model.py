@@ -201,15 +201,18 @@ def _add_embedding_gradients_in_place(model: GPTModel) -> None:
     layer.forward = forward
 
 
-def head_inputs(model: GPTModel, hidden_1tH: torch.Tensor, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:
-    """([T, H] hidden states of all tokens on every tensor rank, [V, H] weight of the head). With sequence parallel the
-    ranks hold a stretch of the tokens each: gathered here, and in backward summed over the ranks and cut again."""
+def head_inputs(
+    model: GPTModel, hidden_1tH: torch.Tensor, rows_R: torch.Tensor, mesh: Mesh
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """([R, H] hidden states of these tokens on every tensor rank, [V, H] weight of the head). With sequence parallel
+    the ranks hold a stretch of the tokens each: gathered here, and in backward summed over the ranks and cut again."""
     hidden_tH = hidden_1tH.squeeze(0)
     if mesh.dims.tp > 1:
         hidden_tH = gather_from_sequence_parallel_region(hidden_tH, tensor_parallel_output_grad=True)
+    hidden_RH = hidden_tH.index_select(0, rows_R)
     tied = model.share_embeddings_and_output_weights
     weight: Any = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
-    return hidden_tH, weight
+    return hidden_RH, weight
 
 
 def packed_parameters(
@@ -221,6 +224,9 @@ def packed_parameters(
     Megatron reads a table as long as the pack as already unpacked. All counts are of the whole pack.
     """
     assert micro_batch.num_tokens < max_seqlen
+    assert not micro_batch.continues or model.position_embedding_type == "none", (
+        "TE's attention knows no shared prompts"
+    )
     offsets = torch.tensor(micro_batch.cu_seqlens, dtype=torch.int32, device=device())
     packed: Any = PackedSeqParams(
         qkv_format="thd",

@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,12 +28,21 @@ from torch.autograd.function import once_differentiable
 @dataclass(frozen=True)
 class Stretch:
     """Queries [query, query + num_queries) of this rank see keys from `key` of the pack on; the last query sees
-    `num_keys` of them, the one before it one fewer."""
+    `num_keys` of them, the one before it one fewer. All see the keys of stretch `continues` too, a shared prompt."""
 
     query: int
     num_queries: int
     key: int
     num_keys: int
+    continues: int | None = None
+
+
+class Run(NamedTuple):
+    """Neighbouring stretches that are attended to at once. `continues`: the run of their shared prompt."""
+
+    count: int
+    num_queries: int  # of each
+    continues: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,30 +61,43 @@ class Part:
         return self.held_T.chunk(self.num_ranks)[self.rank]
 
     @cached_property
-    def runs(self) -> list[tuple[int, int]]:
-        """(number, queries of each) of neighbouring stretches that can be attended to at once: on one rank those of
-        equal length, with context parallel none, since the numbers of their keys differ."""
-        lengths = [s.num_queries for s in self.stretches]
-        if self.num_ranks > 1:
-            return [(1, length) for length in lengths]
-        return [(len(list(run)), length) for length, run in itertools.groupby(lengths)]
+    def runs(self) -> list[Run]:
+        """On one rank of stretches of equal length that continue the same, with context parallel of one stretch each,
+        since the numbers of their keys differ."""
+        prompts = {s.continues for s in self.stretches}
+        found: list[Run] = []
+        run_of: list[int] = []  # per stretch
+        for i, s in enumerate(self.stretches):
+            one = Run(1, s.num_queries, None if s.continues is None else run_of[s.continues])
+            like_before = found and found[-1]._replace(count=1) == one and i not in prompts
+            if like_before and self.num_ranks == 1:
+                found[-1] = one._replace(count=found[-1].count + 1)
+            else:
+                found.append(one)
+            run_of.append(len(found) - 1)
+        return found
 
     def take(self, values_T: torch.Tensor) -> torch.Tensor:
         """This rank's share of what is known for the whole pack."""
         return values_T if self.num_ranks == 1 else values_T.index_select(0, self.held_t)
 
 
-def part_of(cu_seqlens: Seq[int], *, rank: int, num_ranks: int, device: torch.device) -> Part:
-    """cu_seqlens: offsets of the sequences in the pack, each length a multiple of 2 * num_ranks (any for one rank)."""
+def part_of(
+    cu_seqlens: Seq[int], *, rank: int, num_ranks: int, device: torch.device, continues: Seq[int | None] = ()
+) -> Part:
+    """cu_seqlens, continues: those of a MicroBatch. The length of each sequence is a multiple of 2 * num_ranks (any for
+    one rank); prompts are shared on one rank only."""
+    assert num_ranks == 1 or not continues, "context parallel cuts whole sequences"
     held: list[torch.Tensor] = []
     stretches: list[Stretch] = []
+    sequences = list(itertools.zip_longest(itertools.pairwise(cu_seqlens), continues))
     for holder in range(num_ranks):
         queries = 0
-        for start, end in itertools.pairwise(cu_seqlens):
+        for (start, end), prompt in sequences:
             for first, last in _chunks(start, end, holder, num_ranks):
                 held.append(torch.arange(first, last))
                 if holder == rank:
-                    stretches.append(Stretch(queries, last - first, start, last - start))
+                    stretches.append(Stretch(queries, last - first, start, last - start, prompt))
                 queries += last - first
     held_T = torch.cat(held)
     return Part(rank, num_ranks, held_T.to(device), held_T.argsort().to(device), tuple(stretches))

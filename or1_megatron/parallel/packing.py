@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from or1_megatron.errors import UserError
+from or1_megatron.parallel.bundles import bundle_limit, bundles
 from or1_megatron.types import MicroBatch, Sequence
 
 
@@ -36,26 +38,41 @@ def aligned(length: int, alignment: int) -> int:
     return -(-length // alignment) * alignment
 
 
-def plan(lengths: Seq[int], *, num_ranks: int, token_budget: int, alignment: int = 1, linear_work: float) -> Plan:
+def plan(
+    lengths: Seq[int],
+    *,
+    num_ranks: int,
+    token_budget: int,
+    alignment: int = 1,
+    linear_work: float,
+    shared: Seq[int] = (),
+) -> Plan:
     """Balances the work linear_work * L + L^2 of ranks, then of each rank's micro-batches of <= token_budget tokens.
 
-    Both greedily: the longest sequence left goes where there is least work. Of the counts of micro-batches that
+    Both greedily: the longest bundle left goes where there is least work. Of the counts of micro-batches that
     budget allows the smallest is taken with which this succeeds on every rank: with B tokens on the fullest rank it
-    is below 2 B / token_budget + 1. Raises UserError when one sequence alone exceeds the budget.
+    is below 2 B / token_budget + 1. `shared`: see bundles(); none: every sequence is a bundle of its own. Raises
+    UserError when one sequence alone exceeds the budget.
     """
     assert lengths, "nothing to pack"
-    sizes = [aligned(length, alignment) for length in lengths]
     longest = max(range(len(lengths)), key=lengths.__getitem__)
-    if sizes[longest] > token_budget:
+    if aligned(lengths[longest], alignment) > token_budget:
+        size = aligned(lengths[longest], alignment)
         raise UserError(
-            f"sequence {longest} has {lengths[longest]} tokens, {sizes[longest]} when padded to a multiple of "
-            f"{alignment}, above parallel.token_budget={token_budget}; use at least {sizes[longest]}"
+            f"sequence {longest} has {lengths[longest]} tokens, {size} when padded to a multiple of "
+            f"{alignment}, above parallel.token_budget={token_budget}; use at least {size}"
         )
-    work = [linear_work * length + length * length for length in lengths]
-    longest_first = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    whole = bundles(lengths, shared, most=bundle_limit(lengths, num_ranks, token_budget))
+    tokens = [sum(lengths[i] for i in ids) - sum(shared[i] for i in ids[1:]) for ids in whole]
+    work = [
+        linear_work * size + sum(lengths[i] ** 2 for i in ids) - sum(shared[i] ** 2 for i in ids[1:])
+        for size, ids in zip(tokens, whole, strict=True)
+    ]
+    sizes = [aligned(size, alignment) for size in tokens]
+    longest_first = sorted(range(len(whole)), key=lambda k: (-tokens[k], k))
     ranks = _spread(longest_first, work, sizes, num_ranks, capacity=sum(sizes))
     assert ranks is not None
-    count = max(1, *(-(-sum(sizes[i] for i in mine) // token_budget) for mine in ranks))
+    count = max(1, *(-(-sum(sizes[k] for k in mine) // token_budget) for mine in ranks))
     while True:
         spread = [_spread(mine, work, sizes, count, capacity=token_budget) for mine in ranks]
         filled = [batches for batches in spread if batches is not None]
@@ -63,12 +80,29 @@ def plan(lengths: Seq[int], *, num_ranks: int, token_budget: int, alignment: int
             break
         count += 1
     mean = sum(work) / num_ranks
-    loads = [[sum(work[i] for i in batch) for batch in batches] for batches in filled]
+    loads = [[sum(work[k] for k in batch) for batch in batches] for batches in filled]
+    # Longest first within a bundle too: attention takes neighbours of one length at once.
+    ordered = [sorted(ids, key=lambda i: (-lengths[i], i)) for ids in whole]
     return Plan(
-        micro_batches=tuple(tuple(map(tuple, batches)) for batches in filled),
+        micro_batches=tuple(
+            tuple(tuple(i for k in batch for i in ordered[k]) for batch in batches) for batches in filled
+        ),
         imbalance=max(map(sum, loads)) / mean,
         micro_batch_imbalance=max(map(max, loads)) / (mean / count),
     )
+
+
+def shared_prompts(sequences: Seq[Sequence]) -> list[int]:
+    """How many first tokens each sequence has in common with the one before it and need be computed only once: all of
+    an equal prompt but the last token, which predicts another token in each. 0 for the first of every prompt."""
+    pairs = itertools.pairwise(sequences)
+    return [0, *(_common(before, after) for before, after in pairs)] if sequences else []
+
+
+def _common(before: Sequence, after: Sequence) -> int:
+    length = after.num_prompt_tokens
+    equal = length == before.num_prompt_tokens and np.array_equal(before.tokens[:length], after.tokens[:length])
+    return length - 1 if equal else 0
 
 
 def _spread(
@@ -93,36 +127,68 @@ def _spread(
     return bins
 
 
-def pack(sequences: Seq[Sequence], ids: Seq[int], *, alignment: int) -> MicroBatch:
+@dataclass(frozen=True)
+class _Stretch:
+    """Tokens [first, end) of sequence `id`, padded to `length`. `is_prompt`: shared by the stretches after it."""
+
+    id: int
+    first: int
+    end: int
+    length: int
+    continues: int | None = None
+    is_prompt: bool = False
+
+
+def _stretches(sequences: Seq[Sequence], ids: Seq[int], alignment: int, *, share_prompts: bool) -> list[_Stretch]:
+    chosen = [sequences[i] for i in ids]
+    shared = [*(shared_prompts(chosen) if share_prompts else [0] * len(ids)), 0]
+    found: list[_Stretch] = []
+    prompt, size = None, 0  # the stretch with the prompt that is continued, tokens since its begin
+    for k, (i, sequence) in enumerate(zip(ids, chosen, strict=True)):
+        first, end = shared[k] or shared[k + 1], len(sequence.tokens)
+        if not shared[k]:
+            prompt, size = None, 0
+            if first:
+                prompt, size = len(found), first
+                found.append(_Stretch(i, 0, first, first, is_prompt=True))
+        size += end - first
+        # Nobody may see padding of a shared prompt: its last sequence is padded for all.
+        padding = 0 if shared[k + 1] else aligned(size, alignment) - size
+        found.append(_Stretch(i, first, end, end - first + padding, continues=prompt))
+    return found
+
+
+def pack(sequences: Seq[Sequence], ids: Seq[int], *, alignment: int, share_prompts: bool = False) -> MicroBatch:
     """The sequences `ids`, end to end, each padded to a multiple of `alignment` with tokens of weight 0.
 
-    What belongs to a response token stands at the position that predicts it. No ids: one aligned stretch of padding,
+    share_prompts: neighbours with equal prompts share it, see MicroBatch, and are padded together. What belongs to a
+    response token stands at the position that predicts it. No ids: one aligned stretch of padding,
     which still has to run through the model where other ranks have work. Every prompt has at least one token. Raises
     UserError for a sequence without a response token: engines return at least the token that ends the response, so
     it is a sample that was lost or cut, and it would count in the advantages of its group while training nothing.
     """
-    chosen = [sequences[i] for i in ids]
-    stretches = [aligned(len(sequence.tokens), alignment) for sequence in chosen] or [max(alignment, 2)]
-    offsets = [0, *np.cumsum(stretches).tolist()]
+    stretches = _stretches(sequences, ids, alignment, share_prompts=share_prompts)
+    lengths = [stretch.length for stretch in stretches] or [max(alignment, 2)]
+    offsets = [0, *np.cumsum(lengths).tolist()]
     total = offsets[-1]
     tokens, labels = np.zeros(total, np.int64), np.zeros(total, np.int64)
     weights, advantages = np.zeros(total, np.float32), np.zeros(total, np.float32)
-    positions = np.concatenate([np.arange(length) for length in stretches])
+    firsts = [stretch.first for stretch in stretches] or [0]
+    positions = np.concatenate([np.arange(a, a + n) for a, n in zip(firsts, lengths, strict=True)])
     given = {name: np.zeros(total, np.float32) for name in _given(sequences)}
-    for i, sequence, start in zip(ids, chosen, offsets, strict=False):
-        length = len(sequence.tokens)
-        assert 1 <= sequence.num_prompt_tokens <= length, sequence
-        if sequence.num_prompt_tokens == length:
-            raise UserError(f"sequence {i} has {length} prompt tokens and no response token; drop its sample")
-        assert _given([sequence]) == list(given), "log-probs of one kind for all sequences or for none"
-        predicts = slice(start + sequence.num_prompt_tokens - 1, start + length - 1)
-        tokens[start : start + length] = sequence.tokens
-        labels[start : start + length - 1] = sequence.tokens[1:]
+    for stretch, start in zip(stretches, offsets, strict=False):
+        sequence, first, end = sequences[stretch.id], stretch.first, stretch.end
+        tokens[start : start + end - first] = sequence.tokens[first:end]
+        labels[start : start + end - first - 1] = sequence.tokens[first + 1 : end]
+        if stretch.is_prompt:
+            continue
+        _check(sequence, stretch.id, list(given))
+        predicts = slice(start + sequence.num_prompt_tokens - 1 - first, start + end - 1 - first)
         weights[predicts] = sequence.weight
         advantages[predicts] = sequence.advantage
         for name, values in given.items():
-            assert len(getattr(sequence, name)) == length - sequence.num_prompt_tokens, sequence
             values[predicts] = getattr(sequence, name)
+    shares = any(stretch.is_prompt for stretch in stretches)
     batch = MicroBatch(
         tokens_T=torch.from_numpy(tokens),
         positions_T=torch.from_numpy(positions),
@@ -132,8 +198,18 @@ def pack(sequences: Seq[Sequence], ids: Seq[int], *, alignment: int) -> MicroBat
         old_log_probs_T=None,
         cu_seqlens=tuple(offsets),
         sequence_ids=tuple(ids),
+        continues=tuple(stretch.continues for stretch in stretches) if shares else (),
     )
     return dataclasses.replace(batch, **{f"{name}_T": torch.from_numpy(values) for name, values in given.items()})
+
+
+def _check(sequence: Sequence, i: int, given: list[str]) -> None:
+    length = len(sequence.tokens)
+    assert 1 <= sequence.num_prompt_tokens <= length, sequence
+    if sequence.num_prompt_tokens == length:
+        raise UserError(f"sequence {i} has {length} prompt tokens and no response token; drop its sample")
+    assert _given([sequence]) == given, "log-probs of one kind for all sequences or for none"
+    assert all(len(getattr(sequence, name)) == sequence.num_response_tokens for name in given), sequence
 
 
 def _given(sequences: Seq[Sequence]) -> list[str]:
@@ -144,8 +220,6 @@ def _given(sequences: Seq[Sequence]) -> list[str]:
 
 def unpack_response_values(values_T: np.ndarray, batch: MicroBatch, sequences: Seq[Sequence]) -> list[np.ndarray]:
     """Per sequence of the micro-batch, in its order, the values of its response tokens."""
-    pieces = []
-    for i, start in zip(batch.sequence_ids, batch.cu_seqlens, strict=False):
-        sequence = sequences[i]
-        pieces.append(values_T[start + sequence.num_prompt_tokens - 1 : start + len(sequence.tokens) - 1])
-    return pieces
+    predicted = values_T[batch.weights_T.numpy() > 0]
+    ends = np.cumsum([sequences[i].num_response_tokens for i in batch.sequence_ids])
+    return np.split(predicted, ends[:-1]) if batch.sequence_ids else []

@@ -139,20 +139,25 @@ class Calibration:
     rest_s: float
     prompt_tokens: int
     num_steps: int
+    shares_prompts: bool  # in the actor
 
-    def costs(self, architecture: Architecture, num_ranks: int, num_engines: int) -> Costs:
+    def costs(
+        self, architecture: Architecture, num_ranks: int, num_engines: int, *, replicas: int, token_budget: int
+    ) -> Costs:
         """With more or fewer ranks and engines of the same kind."""
         rate = self.flops_rate * num_ranks / self.num_ranks
         return Costs(
             decode=DecodeModel(self.fixed, self.per_response, 0.0, 0.0, 0.0, 0.0, start=self.start),
             num_engines=num_engines,
-            update=lambda lengths, steps: training_flops(architecture, lengths) / rate + steps * self.optimizer_step_s,
-            old_log_probs=lambda lengths: forward_flops(architecture, lengths) / rate,
+            update=lambda tokens, steps: training_flops(architecture, tokens) / rate + steps * self.optimizer_step_s,
+            old_log_probs=lambda tokens: forward_flops(architecture, tokens) / rate,
             sync=self.sync_s,
             step_s=0.0,
             scoring_s=0.0,
             packing_s=0.0,
             rest_s=self.rest_s,
+            replicas=replicas,
+            token_budget=token_budget,
         )
 
     def describe(self) -> str:
@@ -222,6 +227,7 @@ def calibrate(
         rest_s=statistics.median(rest),
         prompt_tokens=prompt_tokens,
         num_steps=len(steps),
+        shares_prompts=any(row.get("packing/spared_tokens", 0) > 0 for row in updates),
     )
 
 

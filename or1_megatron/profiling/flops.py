@@ -7,24 +7,38 @@ is not counted, so it lowers the MFU.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from or1_megatron.architecture import Architecture
 
 
-def forward_flops(architecture: Architecture, lengths: Iterable[int], *, causal: bool = True) -> float:
-    """Of whole sequences of these lengths in tokens, the LM head at every position included.
+class Tokens(NamedTuple):
+    """What a pass over training sequences computes."""
 
-    causal False counts every pair of query and key, as kernels do that mask afterwards.
-    """
+    lengths: Sequence[int]  # of the sequences, prompt and response
+    predicted: int | None = None  # response tokens: at so many positions the LM head is computed; None: at all
+    spared: Sequence[int] = ()  # lengths of prompts that `lengths` counts once more than they are computed
+
+    @property
+    def in_layers(self) -> int:
+        return sum(self.lengths) - sum(self.spared)
+
+
+def forward_flops(architecture: Architecture, tokens: Tokens, *, causal: bool = True) -> float:
+    """causal False counts every pair of query and key of a sequence, as kernels do that mask afterwards."""
     a = architecture
-    per_token = 2 * a.num_layers * a.matrix_parameters_per_layer + 2 * a.hidden_size * a.vocab_size
-    per_pair = 4 * a.num_layers * a.num_heads * a.head_dim  # q.k, and the weight times v
-    return float(
-        sum(length * per_token + (length * (length + 1) // 2 if causal else length**2) * per_pair for length in lengths)
-    )
+
+    def of_layers(length: int) -> int:
+        pairs = length * (length + 1) // 2 if causal else length**2
+        # q.k, and the weight times v
+        return a.num_layers * (2 * length * a.matrix_parameters_per_layer + 4 * pairs * a.num_heads * a.head_dim)
+
+    layers = sum(map(of_layers, tokens.lengths)) - sum(map(of_layers, tokens.spared))
+    predicted = sum(tokens.lengths) if tokens.predicted is None else tokens.predicted
+    return float(layers + 2 * predicted * a.hidden_size * a.vocab_size)
 
 
-def training_flops(architecture: Architecture, lengths: Iterable[int]) -> float:
+def training_flops(architecture: Architecture, tokens: Tokens) -> float:
     """Forward and backward."""
-    return 3 * forward_flops(architecture, lengths)
+    return 3 * forward_flops(architecture, tokens)

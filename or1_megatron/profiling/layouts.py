@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from or1_megatron.architecture import Architecture, check_degrees
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError
+from or1_megatron.profiling.flops import Tokens
 from or1_megatron.profiling.hardware import Hardware
 from or1_megatron.profiling.planner import Layout, Work, costs_of, predict, update_seconds
 from or1_megatron.validate import validate
@@ -77,7 +78,7 @@ def best(
             f"no legal layout of the {what} on {num_devices} x {hardware.name}: it does not fit; use more GPUs, "
             "model.recompute=full or a shorter context"
         )
-    tokens = [8192] * 512  # any batch: the order of the layouts hardly depends on it
+    tokens = Tokens([8192] * 512)  # any batch: the order of the layouts hardly depends on it
     timed = [(update_seconds(architecture, tokens, 1, layout, hardware), layout, parts) for layout, parts in possible]
     fastest = min(seconds for seconds, *_ in timed)
     close = [(layout, parts) for seconds, layout, parts in timed if seconds <= SLACK * fastest]

@@ -16,8 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from or1_megatron.architecture import Architecture
+from or1_megatron.parallel.bundles import bundle_limit, bundles
 from or1_megatron.profiling.decoding import DecodeModel, RolloutTime, decode_model, simulate_rollout
-from or1_megatron.profiling.flops import forward_flops, training_flops
+from or1_megatron.profiling.flops import Tokens, forward_flops, training_flops
 from or1_megatron.profiling.hardware import Hardware
 from or1_megatron.profiling.lengths import Lengths
 from or1_megatron.rl.filter import refill_size
@@ -43,6 +44,7 @@ class Work:
     max_response_length: int = 0  # 0: what the context leaves
     policy: str = "round_robin"  # how prompts are dealt to the engines
     max_generated_factor: float = 1.0  # refill bound; each refill is a rollout of its own
+    shares_prompts: bool = False  # in the actor
 
 
 @dataclass(frozen=True)
@@ -93,13 +95,15 @@ class Costs:
 
     decode: DecodeModel
     num_engines: int
-    update: Callable[[list[int], int], float]  # of sequences of these lengths, in so many optimizer steps
-    old_log_probs: Callable[[list[int]], float]
+    update: Callable[[Tokens, int], float]  # in so many optimizer steps
+    old_log_probs: Callable[[Tokens], float]
     sync: float
     step_s: float  # see Hardware
     scoring_s: float
     packing_s: float
     rest_s: float = 0.0  # of the rest, as measured: what no overlap hides any more
+    replicas: int = 1  # of the actor
+    token_budget: int = 0  # see Layout
 
 
 def costs_of(architecture: Architecture, layout: Layout, hardware: Hardware) -> Costs:
@@ -107,12 +111,14 @@ def costs_of(architecture: Architecture, layout: Layout, hardware: Hardware) -> 
     return Costs(
         decode=decode_model(architecture, hardware, layout.engine_tp, layout.memory_share),
         num_engines=layout.num_devices // layout.engine_tp,
-        update=lambda lengths, steps: update_seconds(architecture, lengths, steps, layout, hardware),
-        old_log_probs=lambda lengths: _pass_seconds(architecture, lengths, layout, hardware),
+        update=lambda tokens, steps: update_seconds(architecture, tokens, steps, layout, hardware),
+        old_log_probs=lambda tokens: _pass_seconds(architecture, tokens, layout, hardware),
         sync=sync_seconds(architecture, layout, hardware),
         step_s=hardware.step_s,
         scoring_s=hardware.scoring_s,
         packing_s=hardware.packing_s,
+        replicas=layout.dp,
+        token_budget=layout.token_budget,
     )
 
 
@@ -127,25 +133,25 @@ def _predict(work: Work, costs: Costs, rng: random.Random) -> StepTime:
     room = work.context_length - work.prompt_tokens
     limit = min(room, work.max_response_length or room)
     rounds: list[RolloutTime] = []
-    lengths: list[int] = []
+    trained: list[list[int]] = []
     for num_prompts in rollout_rounds(work):
         groups = work.lengths.draw(num_prompts, work.group_size, limit, rng)
         expected = _expected(groups, rng) if work.policy in ("pending_tokens", "longest_first") else None
         settings = {"prompt_tokens": work.prompt_tokens, "policy": work.policy, "expected": expected}
         rounds.append(simulate_rollout(groups, costs.num_engines, costs.decode, **settings))
-        kept = groups[: round(len(groups) * work.kept_share)]
-        lengths += [length + work.prompt_tokens for group in kept for length in group]
+        trained += groups[: round(len(groups) * work.kept_share)]
     rollout = sum(part.seconds for part in rounds)
     scoring = costs.step_s + sum(rollout_rounds(work)) * work.group_size * costs.scoring_s
     if work.overlaps_scoring:
         scoring = max(_OVERLAP_REST * scoring, scoring - rollout)
     scoring += costs.rest_s
     tokens = sum(part.tokens for part in rounds)
+    computed = _computed(trained, work, costs)
     return StepTime(
         rollout=rollout,
-        update=costs.update(lengths, work.num_sgd_steps) if lengths else 0.0,
+        update=costs.update(computed, work.num_sgd_steps) if trained else 0.0,
         sync=costs.sync,
-        old_log_probs=costs.old_log_probs(lengths) if work.recomputes_old_log_probs else 0.0,
+        old_log_probs=costs.old_log_probs(computed) if work.recomputes_old_log_probs else 0.0,
         scoring=scoring,
         packing=0.0 if work.overlaps_packing else tokens * costs.packing_s,
         mean_engine=sum(part.mean_seconds for part in rounds),
@@ -153,6 +159,19 @@ def _predict(work: Work, costs: Costs, rng: random.Random) -> StepTime:
         preempted=sum(part.preempted for part in rounds),
         tokens=tokens,
     )
+
+
+def _computed(groups: list[list[int]], work: Work, costs: Costs) -> Tokens:
+    """What a pass over these groups' sequences computes."""
+    lengths = [length + work.prompt_tokens for group in groups for length in group]
+    spared: list[int] = []
+    if work.shares_prompts and lengths:
+        common = work.prompt_tokens - 1
+        shared = [common if i else 0 for group in groups for i in range(len(group))]
+        budget = costs.token_budget or work.context_length
+        whole = bundles(lengths, shared, most=bundle_limit(lengths, costs.replicas * work.num_sgd_steps, budget))
+        spared = [common] * (len(lengths) - len(whole))
+    return Tokens(lengths, sum(map(sum, groups)), spared)
 
 
 def rollout_rounds(work: Work) -> list[int]:
@@ -176,41 +195,41 @@ def sync_seconds(architecture: Architecture, layout: Layout, hardware: Hardware)
     return 2 * architecture.num_parameters / (layout.engine_tp * hardware.network)
 
 
-def _pass_seconds(architecture: Architecture, lengths: list[int], layout: Layout, hardware: Hardware) -> float:
-    compute = forward_flops(architecture, lengths) / (
+def _pass_seconds(architecture: Architecture, tokens: Tokens, layout: Layout, hardware: Hardware) -> float:
+    compute = forward_flops(architecture, tokens) / (
         layout.num_devices * hardware.peak_flops * hardware.train_efficiency
     )
-    return compute * _bubble(architecture, lengths, layout) + _moved(architecture, sum(lengths), 1, layout, hardware)
+    return compute * _bubble(tokens, layout) + _moved(architecture, tokens, 1, layout, hardware)
 
 
 def update_seconds(
-    architecture: Architecture, lengths: list[int], sgd_steps: int, layout: Layout, hardware: Hardware
+    architecture: Architecture, tokens: Tokens, sgd_steps: int, layout: Layout, hardware: Hardware
 ) -> float:
-    flops = training_flops(architecture, lengths) * (4 / 3 if layout.recompute else 1)
+    flops = training_flops(architecture, tokens) * (4 / 3 if layout.recompute else 1)
     compute = flops / (layout.num_devices * hardware.peak_flops * hardware.train_efficiency)
     passes = 4 if layout.recompute else 3
     return (
-        compute * _bubble(architecture, lengths, layout)
-        + _moved(architecture, sum(lengths), passes, layout, hardware)
+        compute * _bubble(tokens, layout)
+        + _moved(architecture, tokens, passes, layout, hardware)
         + sgd_steps * (hardware.optimizer_step_s + _gradient_seconds(architecture, layout, hardware))
     )
 
 
-def _bubble(architecture: Architecture, lengths: list[int], layout: Layout) -> float:
+def _bubble(tokens: Tokens, layout: Layout) -> float:
     """(m + pp - 1) / m for the m micro-batches of a replica; a replica cannot have less than one."""
-    budget = layout.token_budget or max(lengths, default=1)
-    micro_batches = max(1.0, sum(lengths) / layout.dp / budget)
+    budget = layout.token_budget or max(tokens.lengths, default=1)
+    micro_batches = max(1.0, tokens.in_layers / layout.dp / budget)
     return (micro_batches + layout.pp - 1) / micro_batches
 
 
-def _moved(architecture: Architecture, tokens: int, passes: int, layout: Layout, hardware: Hardware) -> float:
+def _moved(architecture: Architecture, tokens: Tokens, passes: int, layout: Layout, hardware: Hardware) -> float:
     """Seconds of tensor and context parallel traffic: activations of each layer, keys and values of each layer.
 
     Tensor parallelism gathers and scatters a token's hidden state twice a layer and pass; context parallelism brings
     every rank the keys and values of the others. A group within a node moves over its links.
     """
     a, peers = architecture, layout.tp * layout.cp
-    mine = tokens / (layout.dp * layout.cp) * a.num_layers / layout.pp * passes * 2
+    mine = tokens.in_layers / (layout.dp * layout.cp) * a.num_layers / layout.pp * passes * 2
     across = hardware.link if layout.tp <= hardware.devices_per_node else hardware.network
     hidden = mine * 4 * a.hidden_size * (layout.tp - 1) / layout.tp / across
     across = hardware.link if peers <= hardware.devices_per_node else hardware.network

@@ -12,12 +12,12 @@ from unittest import mock
 import torch
 from megatron.core import parallel_state
 
-from or1_megatron.actor import actor as actor_module
-from or1_megatron.actor import checkpoint
+from or1_megatron.actor import attention, checkpoint
 from or1_megatron.actor.actor import MegatronActor
+from or1_megatron.actor.held import Held
+from or1_megatron.actor.mesh import Mesh
 from or1_megatron.config import Config
 from or1_megatron.parallel import context
-from or1_megatron.parallel.context import Part
 from or1_megatron.parallel.packing import pack, plan, unpack_response_values
 from or1_megatron.recipe import from_tree
 from or1_megatron.types import MicroBatch, Sequence, TokenValues
@@ -61,13 +61,19 @@ class Layout:
 @dataclass(frozen=True)
 class Packing:
     """`planned`: by plan(). `dealt`: sequence i to rank i mod dp whatever its length, shortest micro-batch first, so
-    that ranks differ in work and some have micro-batches of padding only."""
+    that ranks differ in work and some have micro-batches of padding only. `shared`: neighbours stay together, and
+    those with one prompt share it."""
 
     name: str
     token_budget: int
 
     def micro_batches(self, lengths: list[int], config: Config) -> tuple[tuple[tuple[int, ...], ...], ...]:
         settings: dict[str, Any] = {"token_budget": self.token_budget, "alignment": config.alignment}
+        if self.shares_prompts:
+            size = -(-len(lengths) // config.dp)
+            ranks = [self._filled(range(len(lengths))[start : start + size], lengths, config.alignment)
+                     for start in range(0, size * config.dp, size)]  # fmt: skip
+            return tuple(batches + ((),) * (max(map(len, ranks)) - len(batches)) for batches in ranks)
         if self.name == "planned":
             return plan(lengths, num_ranks=config.dp, linear_work=100.0, **settings).micro_batches
         dealt = [range(len(lengths))[rank :: config.dp] for rank in range(config.dp)]
@@ -78,6 +84,21 @@ class Packing:
             + ((),) * (max(counts) - len(one.micro_batches[0]))
             for mine, one in zip(dealt, alone, strict=True)
         )
+
+    @property
+    def shares_prompts(self) -> bool:
+        return self.name == "shared"
+
+    def possible(self, layout: Layout) -> bool:
+        return layout.cp == 1 or not self.shares_prompts
+
+    def _filled(self, mine: range, lengths: list[int], alignment: int) -> tuple[tuple[int, ...], ...]:
+        batches: list[list[int]] = [[]]
+        for i in mine:
+            if sum(lengths[j] + alignment for j in [*batches[-1], i]) > self.token_budget:
+                batches.append([])
+            batches[-1].append(i)
+        return tuple(map(tuple, batches))
 
 
 @dataclass
@@ -91,12 +112,15 @@ class Outcome:
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     num_batches: int = 0
     num_empty: int = 0
+    num_spared: int = 0  # tokens of shared prompts
 
 
 def two_steps(actor: MegatronActor, packing: Packing, sequences: list[Sequence], *, num_tokens: int) -> Outcome:
     chosen = packing.micro_batches([len(s.tokens) for s in sequences], actor.config)[actor.mesh.coordinates.dp]
-    batches = [pack(sequences, ids, alignment=actor.config.alignment) for ids in chosen]
+    settings: dict[str, Any] = {"alignment": actor.config.alignment, "share_prompts": packing.shares_prompts}
+    batches = [pack(sequences, ids, **settings) for ids in chosen]
     outcome = Outcome(num_batches=len(batches), num_empty=sum(not ids for ids in chosen))
+    outcome.num_spared = sum(sum(batch.spared_prompts) for batch in batches)
     for step in range(STEPS):
         result = actor.update(batches, entropy_coefficient=ALPHA, num_tokens=num_tokens, lr=LR)
         if result is None:
@@ -143,6 +167,7 @@ class Compared:
     names: list[str]
     num_batches: int
     num_empty: int
+    num_spared: int
 
 
 def compare(found: Outcome, expected: Outcome) -> Compared:
@@ -161,6 +186,7 @@ def compare(found: Outcome, expected: Outcome) -> Compared:
         list(found.weights),
         found.num_batches,
         found.num_empty,
+        found.num_spared,
     )
 
 
@@ -188,7 +214,7 @@ def all_layouts(
         actor = MegatronActor(layout.config(model), rank)
         start = [parameter.detach().clone() for parameter in actor.model.parameters()]
         row = []
-        for packing in packings:
+        for packing in filter(lambda packing: packing.possible(layout), packings):
             _restart(actor, start)
             found = two_steps(actor, packing, sequences, num_tokens=response_tokens(sequences))
             row.append(compare(found, expected))
@@ -227,12 +253,18 @@ def with_fault(
 def _shift_labels_after_the_cut() -> Any:
     """The last token of a chunk then predicts whatever comes next on its own rank."""
 
-    def take(batch: MicroBatch, part: Part) -> MicroBatch:
-        mine = honest(batch, part)
-        return replace(mine, labels_T=mine.tokens_T.roll(-1))
+    def of(batch: MicroBatch, mesh: Mesh) -> Held:
+        held = honest(batch, mesh)
+        labels_R = held.tokens.tokens_T.roll(-1)[held.rows_R]
+        return replace(held, predicting=replace(held.predicting, labels_T=labels_R))
 
-    honest = actor_module._take
-    return mock.patch.object(actor_module, "_take", take)
+    honest = Held.of
+    return mock.patch.object(Held, "of", of)
+
+
+def _hide_shared_prompts() -> Any:
+    """Responses see themselves only."""
+    return mock.patch.object(attention, "_seen", attention._of_runs)
 
 
 def _keep_key_value_gradients_local() -> Any:
@@ -260,5 +292,6 @@ FAULTS = {
     "local denominator": contextlib.nullcontext,
     "labels shifted after the cut": _shift_labels_after_the_cut,
     "key and value gradients not reduced": _keep_key_value_gradients_local,
+    "shared prompts not seen": _hide_shared_prompts,
     "weight gradients not reduced over cp": _reduce_weight_gradients_over_dp_only,
 }

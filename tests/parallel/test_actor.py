@@ -173,7 +173,7 @@ def test_an_infinite_logit_that_only_the_entropy_shows_is_found(models: dict) ->
     poison = partial(ranks_actor.poison_negative_logit, row=RARE)
     config = make_config(models["qwen3"])
     ((message, unchanged),) = run_ranks(1, ranks_actor.poisoned_update, config, make_sequences(RARE), poison)
-    assert message.startswith("rank 0: the logits at token 0 of sequence ") and unchanged
+    assert message.startswith("rank 0: the logits at token ") and unchanged
     assert "log-prob -" in message and "entropy nan" in message
 
 

@@ -30,6 +30,7 @@ TOLERANCE = 1e-5
 VOCAB = 301  # the last tensor rank's columns are partly padding
 DEGREES = [degrees for degrees in itertools.product((1, 2, 4), repeat=4) if math.prod(degrees) <= 4]
 PACKINGS = [Packing(name, budget) for name in ("planned", "dealt") for budget in (80, 200)]
+SHARED = Packing("shared", 150)
 QUANTITIES = ("loss", "log-probs", "entropy", "grad norm", "weights")
 
 
@@ -43,13 +44,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def sequences(model: str) -> list[Sequence]:
-    """13 of mixed lengths with old log-probs near the policy's, so that some ratios are clipped."""
+    """13 of mixed lengths, five with the prompt of the one before, with old log-probs near the policy's, so that some
+    ratios are clipped."""
     draw = random.Random(0)
     network = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     made = []
     for length in (9, 31, 17, 6, ranks.LONGEST, 23, 12, 50, 41, 3, 28, 37, 2):
         tokens = tuple(draw.choice([t for t in range(VOCAB) if t != PAD]) for _ in range(length))
-        sequence = Sequence(tokens, draw.randint(1, length - 1), draw.choice([-1.3, 0.4, 0.0, 2.0]), None)
+        prompt = draw.randint(1, length - 1)
+        if len(made) in (2, 5, 7, 8, 10):
+            prompt = made[-1].num_prompt_tokens
+            tokens = (*made[-1].tokens[:prompt], *tokens[min(prompt, length - 1) :])
+        sequence = Sequence(tokens, prompt, draw.choice([-1.3, 0.4, 0.0, 2.0]), None)
         with torch.no_grad():
             now = token_quantities(network, sequence, ranks.TEMPERATURE)[0]
         old = tuple(float(value) + draw.uniform(-0.4, 0.4) for value in now)
@@ -117,33 +123,35 @@ def test_every_layout_equals_one_process(
     heads = itertools.cycle(("plain", "fused") if recompute == "selective" else ("fused", "plain"))
     degrees = [degrees for degrees in DEGREES if math.prod(degrees) == num_ranks]
     layouts = [Layout(*four, recompute=recompute, head=head) for four, head in zip(degrees, heads, strict=False)]
-    arguments = (model, layouts, PACKINGS, sequences, one_process)
+    arguments = (model, layouts, [*PACKINGS, SHARED], sequences, one_process)
     found = run_ranks(num_ranks, ranks.all_layouts, *arguments, timeout_s=500)
     assert (num_ranks, len(layouts)) in [(1, 1), (2, 4), (4, 10)]
     for i, layout in enumerate(layouts):
-        for j, packing in enumerate(PACKINGS):
+        for j, packing in enumerate(filter(lambda packing: packing.possible(layout), [*PACKINGS, SHARED])):
             deviation = deviations([rows[i][j] for rows in found], one_process)
             largest.append(deviation)
             assert max(deviation.values()) < TOLERANCE, f"{layout}, {packing}: {deviation}"
     shapes = [(part.num_batches, part.num_empty) for rows in found for row in rows for part in row]
     assert max(batches for batches, _ in shapes) > 2
+    assert all(found[0][i][-1].num_spared > 0 for i, layout in enumerate(layouts) if SHARED.possible(layout))
     assert num_ranks < 4 or any(empty for _, empty in shapes), "no rank had a micro-batch of padding"
 
 
 @pytest.mark.parametrize(
-    ("fault", "layout"),
+    ("fault", "layout", "packing"),
     [
-        ("none", Layout(cp=2)),
-        ("local denominator", Layout(dp=2)),
-        ("labels shifted after the cut", Layout(cp=2)),
-        ("key and value gradients not reduced", Layout(cp=2)),
-        ("weight gradients not reduced over cp", Layout(cp=2)),
+        ("none", Layout(cp=2), PACKINGS[0]),
+        ("local denominator", Layout(dp=2), PACKINGS[0]),
+        ("labels shifted after the cut", Layout(cp=2), PACKINGS[0]),
+        ("key and value gradients not reduced", Layout(cp=2), PACKINGS[0]),
+        ("weight gradients not reduced over cp", Layout(cp=2), PACKINGS[0]),
+        ("shared prompts not seen", Layout(dp=2), SHARED),
     ],
 )
 def test_the_comparison_finds_each_fault(
-    fault: str, layout: Layout, model: str, sequences: list[Sequence], one_process: Outcome
+    fault: str, layout: Layout, packing: Packing, model: str, sequences: list[Sequence], one_process: Outcome
 ) -> None:
-    arguments = (model, layout, PACKINGS[0], sequences, one_process, fault)
+    arguments = (model, layout, packing, sequences, one_process, fault)
     deviation = deviations(run_ranks(2, ranks.with_fault, *arguments), one_process)
     if fault == "none":
         assert max(deviation.values()) < TOLERANCE

@@ -71,6 +71,16 @@ def test_a_sequence_that_cannot_be_cut_is_our_mistake():
 
 def test_neighbours_of_one_length_are_one_run_on_one_rank_only():
     one = part_of((0, 4, 8, 16, 20), rank=0, num_ranks=1, device=torch.device("cpu"))
-    assert one.runs == [(2, 4), (1, 8), (1, 4)]
+    assert one.runs == [(2, 4, None), (1, 8, None), (1, 4, None)]
     two = part_of((0, 4, 8), rank=0, num_ranks=2, device=torch.device("cpu"))
-    assert two.runs == [(1, 1)] * 4
+    assert two.runs == [(1, 1, None)] * 4
+
+
+def test_stretches_that_continue_one_prompt_are_one_run_and_the_prompt_is_its_own():
+    """A sequence of 4, a prompt of 4 with branches of 3, 3 and 5, another prompt of 4 with branches of 3."""
+    offsets = [0, *itertools.accumulate((4, 4, 3, 3, 5, 4, 3, 3))]
+    continues = (None, None, 1, 1, 1, None, 5, 5)
+    part = part_of(offsets, rank=0, num_ranks=1, device=torch.device("cpu"), continues=continues)
+    assert part.runs == [(1, 4, None), (1, 4, None), (2, 3, 1), (1, 5, 1), (1, 4, None), (2, 3, 4)]
+    with pytest.raises(AssertionError, match="whole sequences"):
+        part_of((0, 4, 8, 12), rank=0, num_ranks=2, device=torch.device("cpu"), continues=(None, 0, 0))

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from or1_megatron.architecture import read_architecture
-from or1_megatron.profiling.flops import forward_flops, training_flops
+from or1_megatron.profiling.flops import Tokens, forward_flops, training_flops
 from tests.tiny_models import write_tiny_model
 
 
@@ -25,15 +25,29 @@ def test_equals_the_counter(tmp_path: Path, family: str, tied: bool, length: int
         forward = counter.get_total_flops()
         logits.sum().backward()
     architecture = read_architecture(path)
-    assert forward_flops(architecture, [length], causal=False) == pytest.approx(forward, rel=0.01)
-    assert training_flops(architecture, [length]) == 3 * forward_flops(architecture, [length])
-    assert 3 * forward_flops(architecture, [length], causal=False) == pytest.approx(counter.get_total_flops(), rel=0.01)
+    assert forward_flops(architecture, Tokens([length]), causal=False) == pytest.approx(forward, rel=0.01)
+    assert training_flops(architecture, Tokens([length])) == 3 * forward_flops(architecture, Tokens([length]))
+    assert 3 * forward_flops(architecture, Tokens([length]), causal=False) == pytest.approx(
+        counter.get_total_flops(), rel=0.01
+    )
 
 
 def test_causal_pairs_are_half_and_lengths_add_up(tmp_path: Path) -> None:
     architecture = read_architecture(write_tiny_model(tmp_path, "llama", tied=True))
     long = 100_000
-    ratio = forward_flops(architecture, [long]) / forward_flops(architecture, [long], causal=False)
+    ratio = forward_flops(architecture, Tokens([long])) / forward_flops(architecture, Tokens([long]), causal=False)
     assert ratio == pytest.approx(0.5, abs=0.02)
-    both = forward_flops(architecture, [3, 40])
-    assert both == forward_flops(architecture, [3]) + forward_flops(architecture, [40])
+    both = forward_flops(architecture, Tokens([3, 40]))
+    assert both == forward_flops(architecture, Tokens([3])) + forward_flops(architecture, Tokens([40]))
+
+
+def test_the_head_at_predicted_positions_and_a_shared_prompt_once(tmp_path: Path) -> None:
+    """Prompts of 10 tokens, the first 9 shared by responses of 3 and 5: 22 positions in the layers, 8 in the head."""
+    a = read_architecture(write_tiny_model(tmp_path, "llama", tied=True))
+    head = 2 * a.hidden_size * a.vocab_size
+    all_positions = forward_flops(a, Tokens([13, 15]))
+    assert forward_flops(a, Tokens([13, 15], 8)) == all_positions - 20 * head
+    shared = Tokens([13, 15], 8, [9])
+    assert shared.in_layers == 9 + (1 + 3) + (1 + 5)
+    prompt_alone = forward_flops(a, Tokens([9], 0))
+    assert forward_flops(a, shared) == forward_flops(a, Tokens([13, 15], 8)) - prompt_alone

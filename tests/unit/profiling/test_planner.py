@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from or1_megatron.profiling.flops import training_flops
+from or1_megatron.profiling.flops import Tokens, training_flops
 from or1_megatron.profiling.hardware import H800
 from or1_megatron.profiling.lengths import LogNormal, Measured
 from or1_megatron.profiling.paper import MODELS
@@ -41,14 +41,28 @@ def test_what_is_left_out_costs_nothing_and_overlap_hides_scoring():
 
 
 def test_update_is_flops_over_what_the_devices_achieve():
-    lengths = [1000] * 64
+    tokens = Tokens([1000] * 64)
     ideal = H800.replaced(optimizer_step_s=0.0, link=1e30, network=1e30)
-    seconds = update_seconds(MODEL, lengths, 1, replace(PLACE, recompute=False), ideal)
-    assert seconds == pytest.approx(training_flops(MODEL, lengths) / (32 * 989e12 * 0.30), rel=1e-6)
-    recomputed = update_seconds(MODEL, lengths, 1, PLACE, ideal)
+    seconds = update_seconds(MODEL, tokens, 1, replace(PLACE, recompute=False), ideal)
+    assert seconds == pytest.approx(training_flops(MODEL, tokens) / (32 * 989e12 * 0.30), rel=1e-6)
+    recomputed = update_seconds(MODEL, tokens, 1, PLACE, ideal)
     assert recomputed == pytest.approx(4 / 3 * seconds)
-    piped = update_seconds(MODEL, lengths, 1, replace(PLACE, pp=4, token_budget=1000, recompute=False), ideal)
+    piped = update_seconds(MODEL, tokens, 1, replace(PLACE, pp=4, token_budget=1000, recompute=False), ideal)
     assert piped == pytest.approx(seconds * (8 + 3) / 8)  # 64 sequences on 8 replicas: 8 micro-batches each
+
+
+def test_shared_prompts_are_computed_once_for_short_responses():
+    """Groups of 8 responses of 20 tokens to 100: 99 + 8 x 21 = 267 tokens in the layers instead of 960."""
+    short = replace(WORK, lengths=Measured(((20,) * 8,), "run"), prompt_tokens=100)
+    ideal = H800.replaced(optimizer_step_s=0.0, link=1e30, network=1e30)
+    costs = costs_of(MODEL, replace(PLACE, num_devices=1), ideal)
+    apart, shared = (predict(replace(short, shares_prompts=shares), costs).update for shares in (False, True))
+    layer = MODEL.num_layers * MODEL.matrix_parameters_per_layer
+    head = 160 * MODEL.hidden_size * MODEL.vocab_size
+    assert shared / apart == pytest.approx((267 * layer + head) / (960 * layer + head), rel=0.01)
+    long = replace(WORK, lengths=Measured(((900,) * 8,), "run"), prompt_tokens=100)
+    apart, shared = (predict(replace(long, shares_prompts=shares), costs).update for shares in (False, True))
+    assert shared == apart  # a quarter of the micro-batch of 4096 tokens holds one such sequence
 
 
 def test_lengths_keep_limit_and_group():
