@@ -12,6 +12,7 @@ peak of what a side's processes hold (proportional set size).
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import statistics
@@ -181,15 +182,18 @@ def _compare(bench: Benchmark, model: Path, batch: int, longest: int) -> None:
     dtype = model_dtype()
     mine = Side(_serve_ours, model, problems, dtype, batch, longest)
     bench.stack.callback(mine.close)
-    theirs = Side(_serve_trl, model, problems, dtype, batch, longest)
-    bench.stack.callback(theirs.close)
     amount = {"amount": samples, "unit": "samples"}
     ours = bench.case("or1_megatron", mine.step, **amount)
-    peer = bench.case("TRL GRPOTrainer", theirs.step, kind="peer", **amount)
     bench.note(
         f"{batch} prompts x {GROUP} responses of at most {longest} tokens a step in {dtype}, {THREADS} threads each"
     )
     bench.note(lambda: f"or1_megatron: {mine.told(samples)}")
+    if importlib.util.find_spec("trl") is None:
+        bench.note("peer TRL is not installed: make bench installs it, into .venv-bench")
+        return
+    theirs = Side(_serve_trl, model, problems, dtype, batch, longest)
+    bench.stack.callback(theirs.close)
+    peer = bench.case("TRL GRPOTrainer", theirs.step, kind="peer", **amount)
     bench.note(lambda: f"TRL: {theirs.told(samples)}")
     bench.mark("samples_over_trl", lambda: ours.median_rate / peer.median_rate, target=2.0)
 

@@ -5,8 +5,8 @@
 Ours: one Megatron rank, packed micro-batches, MAGIC loss with the entropy bonus, fp32 main weights. The peer: a
 padded batch per micro-batch in the order given, at most the same number of tokens padding included, cross-entropy
 weighted by the advantage, no entropy, fused AdamW on weights of the compute dtype. Each runs in a process of its own
-and they take turns. Rates count the tokens of the sequences, not the padding. Under the table: where a step of ours
-spends its time.
+and they take turns. Rates count the tokens of the sequences, not the padding. Groups of short responses also with every
+prompt computed for each of its responses. Under the table: where a step of ours spends its time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the repository's own progr
 from benchmarks.harness import Benchmark, main  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron.parallel import device  # noqa: E402
-from or1_megatron.parallel.packing import pack, plan  # noqa: E402
+from or1_megatron.parallel.packing import pack, plan, shared_prompts  # noqa: E402
 from or1_megatron.profiling.flops import Tokens, training_flops  # noqa: E402
 from or1_megatron.recipe import from_tree  # noqa: E402
 from or1_megatron.reward.isolation import die_with_parent  # noqa: E402
@@ -56,6 +56,18 @@ def sequences(lengths: list[int], seed: int = 0) -> list[Sequence]:
     ]
 
 
+def groups(count: int, size: int, prompt: int, longest: int, seed: int = 0) -> list[Sequence]:
+    """`size` responses to each of `count` prompts of `prompt` tokens."""
+    random = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        begin = tuple(map(int, random.integers(0, VOCAB, prompt)))
+        for n in random.integers(longest // 2, longest + 1, size):
+            response = tuple(map(int, random.integers(0, VOCAB, n)))
+            made.append(Sequence((*begin, *response), prompt, float(random.normal()), None))
+    return made
+
+
 def mixed_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
     """Log-normal, as response lengths are, in random order."""
     drawn = np.random.default_rng(seed).lognormal(mean=np.log(longest / 4), sigma=0.7, size=count)
@@ -65,7 +77,7 @@ def mixed_lengths(count: int, longest: int, seed: int = 0) -> list[int]:
 class Ours:
     """The Megatron actor of one rank."""
 
-    def __init__(self, model: Path, dtype: str, sequences: list[Sequence]):
+    def __init__(self, model: Path, dtype: str, sequences: list[Sequence], *, share_prompts: bool = True):
         device.install()
         with tempfile.NamedTemporaryFile(prefix="or1-bench-") as name:
             meeting = f"file://{name.name}"
@@ -84,12 +96,20 @@ class Ours:
             num_ranks=1,
             token_budget=TOKEN_BUDGET,
             linear_work=self.actor.architecture.linear_work,
+            shared=shared_prompts(sequences) if share_prompts else (),
         )
-        self.batches = [pack(sequences, ids, alignment=1) for ids in layout.micro_batches[0]]
-        self.num_tokens = sum(len(s.tokens) - s.num_prompt_tokens for s in sequences)
+        self.batches = [
+            pack(sequences, ids, alignment=1, share_prompts=share_prompts) for ids in layout.micro_batches[0]
+        ]
+        self.num_tokens = sum(s.num_response_tokens for s in sequences)
+        spared = [length for batch in self.batches for length in batch.spared_prompts]
+        self._computed = Tokens([len(s.tokens) for s in sequences], self.num_tokens, spared)
 
     def step(self) -> None:
         self.actor.update(self.batches, entropy_coefficient=ALPHA, num_tokens=self.num_tokens, lr=LR)
+
+    def flops(self) -> float:
+        return training_flops(self.actor.architecture, self._computed)
 
     def peak_flops(self) -> float:
         return self.actor.peak_flops()
@@ -162,7 +182,7 @@ class HuggingFace:
         self.optimizer.step()
 
 
-def _serve(pipe: Connection, kind: type, model: Path, dtype: str, sequences: list[Sequence]) -> None:
+def _serve(pipe: Connection, kind: Callable[..., Any], model: Path, dtype: str, sequences: list[Sequence]) -> None:
     """Body of a case's process: answers a method's name with (seconds, result)."""
     die_with_parent()
     torch.set_num_threads(THREADS)
@@ -200,46 +220,54 @@ class Case:
 
 def build(bench: Benchmark, quick: bool) -> None:
     model = fetch_smollm2(Path(__file__).parents[1] / ".cache" / "models")
-    dtypes = ["bf16", "fp32"]
-    if device.slow_in_bf16():
-        bench.note("bf16 left out: this CPU emulates its products, which takes an hour")
-        dtypes = ["fp32"]
-    lengths = {"mixed": mixed_lengths(6, 512) if quick else mixed_lengths(16, 512), "equal": [256] * 8}
-    for name, mine in lengths.items():
-        if quick and name == "equal":
-            continue
-        padded = sum(tokens.numel() for tokens, _, _ in map(HuggingFace._batch, HuggingFace._fill(sequences(mine))))
-        bench.note(f"{name}: {len(mine)} sequences, {sum(mine)} tokens, {min(mine)} to {max(mine)}; padded {padded}")
-        for dtype in dtypes[:1] if quick else dtypes:
-            bench.part(partial(_compare, bench, name, dtype, model, mine, profiled=not quick))
+    slow = device.slow_in_bf16()
+    dtypes = ["fp32"] if quick and slow else ["fp32", "bf16"]
+    if slow:
+        bench.note(f"bf16 {'left out' if quick else 'three times, without groups'}: this CPU emulates its products")
+    drawn = {"mixed": sequences(mixed_lengths(6 if quick else 16, 512))}
+    if not quick:
+        drawn |= {"equal": sequences([256] * 8), "groups": groups(4, 8, prompt=48, longest=48)}
+    for name, mine in drawn.items():
+        lengths = [len(s.tokens) for s in mine]
+        padded = sum(tokens.numel() for tokens, _, _ in map(HuggingFace._batch, HuggingFace._fill(mine)))
+        told = f"{len(mine)} sequences, {sum(lengths)} tokens, {min(lengths)} to {max(lengths)}"
+        bench.note(f"{name}: {told}; padded {padded}")
+        for dtype in dtypes[-1:] if quick else dtypes:
+            emulated = dtype == "bf16" and slow
+            if emulated and name == "groups":
+                continue
+            part = partial(_compare, bench, name, dtype, model, mine, profiled=not quick)
+            bench.part(part, rounds=3 if emulated else 7)
 
 
-def _compare(bench: Benchmark, name: str, dtype: str, model: Path, lengths: list[int], *, profiled: bool) -> None:
-    subjects = [Case(kind, model, dtype, sequences(lengths)) for kind in (Ours, HuggingFace)]
-    for case in subjects:
-        case.ready()
-        bench.stack.callback(case.close)
-    amount = {"amount": sum(lengths), "unit": "tokens"}
-    mine, theirs = subjects
-    ours = bench.case(f"or1_megatron {dtype} {name}", lambda: mine.ask("step")[0], **amount)
-    peer = bench.case(f"transformers {dtype} {name}", lambda: theirs.ask("step")[0], kind="peer", **amount)
-    target = 1.3 if name == "mixed" else 1.0
+def _compare(bench: Benchmark, name: str, dtype: str, model: Path, drawn: list[Sequence], *, profiled: bool) -> None:
+    kinds: dict[str, Callable[..., Any]] = {"or1_megatron": Ours, "transformers": HuggingFace}
+    if name == "groups":
+        kinds["each its prompt"] = partial(Ours, share_prompts=False)
+    subjects = {who: Case(kind, model, dtype, drawn) for who, kind in kinds.items()}
+    timed = {}
+    for who, subject in subjects.items():
+        subject.ready()
+        bench.stack.callback(subject.close)
+        timed[who] = bench.case(
+            f"{who} {dtype} {name}", lambda subject=subject: subject.ask("step")[0],
+            kind="peer" if who == "transformers" else "ours",
+            amount=sum(len(s.tokens) for s in drawn), unit="tokens",
+        )  # fmt: skip
+    ours, peer = timed["or1_megatron"], timed["transformers"]
+    target = 1.0 if name == "equal" else 1.3
     bench.mark(f"{name}_{dtype}_over_hf", lambda: ours.rate / peer.rate, target=target)
+    if name == "groups":
+        bench.mark(f"shared_prompts_{dtype}", lambda: ours.rate / timed["each its prompt"].rate, target=1.0)
     if profiled:
-        _describe(bench, name, dtype, mine.ask, lengths, model)
+        _describe(bench, name, dtype, subjects["or1_megatron"].ask)
 
 
-def _describe(
-    bench: Benchmark, name: str, dtype: str, ask: Callable[[str], Any], lengths: list[int], model: Path
-) -> None:
-    from or1_megatron.architecture import read_architecture
-
-    response_tokens = sum(s.num_response_tokens for s in sequences(lengths))
+def _describe(bench: Benchmark, name: str, dtype: str, ask: Callable[[str], Any]) -> None:
     ask("step")  # the first step also allocates
     seconds = ask("step")[0]
-    rate = training_flops(read_architecture(model), Tokens(lengths, response_tokens)) / seconds
-    peak = ask("peak_flops")[1]
-    parts = ask("parts")[1]
+    rate, peak, parts = (ask(what)[1] for what in ("flops", "peak_flops", "parts"))
+    rate /= seconds
     shares = ", ".join(f"{part} {100 * share:.0f} %" for part, share in parts.items())
     bench.note(f"{name} {dtype}: {rate / 1e9:.0f} of {peak / 1e9:.0f} GFLOP/s (MFU {rate / peak:.2f}); {shares}")
 

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from or1_megatron.errors import UserError
-from or1_megatron.parallel.packing import Plan, aligned, pack, plan, unpack_response_values
+from or1_megatron.parallel.bundles import bundle_limit, bundles
+from or1_megatron.parallel.packing import Plan, aligned, pack, plan, shared_prompts, unpack_response_values
 from or1_megatron.types import Sequence
 
 LENGTHS = st.lists(st.integers(1, 60), min_size=1, max_size=80)
@@ -32,6 +33,19 @@ def sequence_lists(draw: st.DrawFn) -> list[Sequence]:
         advantage = draw(st.sampled_from([-1.5, 0.5]))
         sequences.append(Sequence(tokens, prompt, advantage, old if off_policy else None))
     return sequences
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> list[Sequence]:
+    """Groups of up to five responses to one prompt; neighbouring groups may have equal prompts, too."""
+    found: list[Sequence] = []
+    for _ in range(draw(st.integers(1, 5))):
+        prompt = tuple(draw(st.integers(1, 3)) for _ in range(draw(st.integers(1, 6))))
+        for _ in range(draw(st.integers(1, 5))):
+            response = tuple(draw(st.integers(1, 99)) for _ in range(draw(st.integers(1, 9))))
+            old = tuple(-number / 8 for number in response)
+            found.append(Sequence((*prompt, *response), len(prompt), float(len(found) + 1), old))
+    return found
 
 
 def make_plan(lengths: list[int], ranks: int, budget: int = 64, alignment: int = 1) -> Plan:
@@ -163,6 +177,78 @@ def test_pack_and_unpack(sequences: list[Sequence], alignment: int, draw: random
     assert [piece.tolist() for piece in pieces] == [
         list(sequences[i].tokens[sequences[i].num_prompt_tokens :]) for i in ids
     ]
+
+
+@given(groups(), ALIGNMENTS, st.randoms(use_true_random=False))
+def test_pack_with_shared_prompts(sequences: list[Sequence], alignment: int, draw: random.Random):
+    """Whoever reads what a stretch continues, and then the stretch, has read the sequence."""
+    ids = draw.sample(range(len(sequences)), draw.randint(1, len(sequences)))
+    batch = pack(sequences, ids, alignment=alignment, share_prompts=True)
+    offsets, prompts = batch.cu_seqlens, {prompt for prompt in batch.continues if prompt is not None}
+    stretches = [s for s in range(len(offsets) - 1) if s not in prompts]
+    assert batch.sequence_ids == tuple(ids) and len(stretches) == len(ids)
+    assert batch.num_tokens == offsets[-1] == len(batch.tokens_T) and batch.num_tokens % alignment == 0
+    for i, s in zip(ids, stretches, strict=True):
+        sequence, prompt = sequences[i], batch.continues[s] if batch.continues else None
+        own = range(offsets[s], offsets[s + 1])
+        seen = [*(range(offsets[prompt], offsets[prompt + 1]) if prompt is not None else ()), *own]
+        read = batch.tokens_T[seen].tolist()
+        assert read[: len(sequence.tokens)] == list(sequence.tokens) and not any(read[len(sequence.tokens) :])
+        assert batch.positions_T[seen].tolist() == list(range(len(seen)))
+        predicting = [t for t in own if batch.weights_T[t] > 0]
+        places = range(sequence.num_prompt_tokens - 1, len(sequence.tokens) - 1)
+        assert [batch.locate(t) for t in predicting] == [(i, place) for place in places]
+        assert batch.labels_T[predicting].tolist() == list(sequence.tokens[sequence.num_prompt_tokens :])
+        assert set(batch.advantages_T[predicting].tolist()) == {sequence.advantage}
+        assert batch.old_log_probs_T is not None
+        assert batch.old_log_probs_T[predicting].tolist() == list(sequence.old_log_probs or ())
+    assert int((batch.weights_T > 0).sum()) == sum(sequences[i].num_response_tokens for i in ids)
+    pieces = unpack_response_values(batch.labels_T.numpy(), batch, sequences)
+    assert [piece.tolist() for piece in pieces] == [
+        list(sequences[i].tokens[sequences[i].num_prompt_tokens :]) for i in ids
+    ]
+    # Exactly what neighbours have in common is left out.
+    common = [length for length in shared_prompts([sequences[i] for i in ids]) if length]
+    assert batch.spared_prompts == common
+    if alignment == 1:
+        assert batch.num_tokens == sum(len(sequences[i].tokens) for i in ids) - sum(common)
+
+
+@given(groups(), st.integers(1, 3), st.integers(16, 120), ALIGNMENTS)
+def test_plan_of_groups_covers_each_sequence_once_within_the_budget(
+    sequences: list[Sequence], ranks: int, budget: int, alignment: int
+):
+    lengths, shared = [len(s.tokens) for s in sequences], shared_prompts(sequences)
+    budget = max(budget, aligned(max(lengths), alignment))
+    settings = {"num_ranks": ranks, "token_budget": budget, "alignment": alignment, "linear_work": 100.0}
+    layout = plan(lengths, **settings, shared=shared)
+    placed = [ids for rank in layout.micro_batches for ids in rank]
+    assert Counter(i for ids in placed for i in ids) == Counter(range(len(sequences)))
+    packed = [pack(sequences, ids, alignment=alignment, share_prompts=True) for ids in placed if ids]
+    assert max(batch.num_tokens for batch in packed) <= budget
+    whole = bundles(lengths, shared, most=bundle_limit(lengths, ranks, budget))
+    assert [i for ids in whole for i in ids] == list(range(len(sequences)))
+    spared = sum(sum(shared[i] for i in ids[1:]) for ids in whole)
+    assert sum(sum(batch.spared_prompts) for batch in packed) >= spared
+
+
+def test_a_group_of_short_responses_shares_one_prompt():
+    """16 prompts of 30 tokens with 8 responses of 10: a bundle is a group of 29 + 8 x 11 = 117 tokens."""
+    draw = random.Random(0)
+    made = [
+        Sequence((*prompt, *draw.choices(range(99), k=10)), 30, 1.0, None)
+        for prompt in (draw.choices(range(99), k=30) for _ in range(16))
+        for _ in range(8)
+    ]
+    lengths = [40] * 128
+    layout = plan(lengths, num_ranks=1, token_budget=600, linear_work=100.0, shared=shared_prompts(made))
+    packed = [pack(made, ids, alignment=1, share_prompts=True) for ids in layout.micro_batches[0]]
+    assert sum(batch.num_tokens for batch in packed) == 16 * 117 and len(packed) == 4
+    assert layout.imbalance == layout.micro_batch_imbalance == 1.0
+    long = plan(
+        [4000 + n for n in range(128)], num_ranks=8, token_budget=8192, linear_work=1.0, shared=[0, *[900] * 127]
+    )
+    assert long.imbalance < 1.01, "long responses are dealt one by one"
 
 
 @pytest.mark.parametrize(("alignment", "tokens"), [(1, 2), (2, 2), (3, 3), (8, 8)])
