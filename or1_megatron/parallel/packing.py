@@ -69,6 +69,7 @@ def plan(
         for size, ids in zip(tokens, whole, strict=True)
     ]
     sizes = [aligned(size, alignment) for size in tokens]
+    assert max(sizes) <= token_budget, "a bundle is at most a quarter of the budget, or one sequence"
     longest_first = sorted(range(len(whole)), key=lambda k: (-tokens[k], k))
     ranks = _spread(longest_first, work, sizes, num_ranks, capacity=sum(sizes))
     assert ranks is not None
