@@ -9,6 +9,7 @@ key/value heads of it, D head size, C = D / 2 angles.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ from torch.nn.attention.bias import causal_lower_right
 from or1_megatron.parallel.context import Part, gather
 from or1_megatron.parallel.device import device
 from or1_megatron.parallel.layer_kernels import rms_norm, rotate, swiglu
+
+_LARGEST_KEPT_MASK = 1 << 14  # elements
 
 
 class PackedAttention(torch.nn.Module):
@@ -54,12 +57,28 @@ class PackedAttention(torch.nn.Module):
         keys, values = _seen(key_KTD, part), _seen(value_KTD, part)
         outputs = []
         for q, k, v in zip(queries, keys, values, strict=True):
-            bias: Any = causal_lower_right(q.shape[2], k.shape[2])
             attended = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, scale=self.scale, enable_gqa=grouped
+                q, k, v, **_masking(q, k.shape[2]), scale=self.scale, enable_gqa=grouped
             )
             outputs.append(attended.transpose(1, 2).flatten(0, 1).flatten(1))
         return torch.cat(outputs)
+
+
+def _masking(query_SNLD: torch.Tensor, num_keys: int) -> dict[str, Any]:
+    """The last query sees all keys, the one before it all but the last."""
+    num_queries = query_SNLD.shape[2]
+    if num_queries == num_keys:
+        return {"is_causal": True}
+    if query_SNLD.is_cuda or num_queries * num_keys > _LARGEST_KEPT_MASK:
+        return {"attn_mask": causal_lower_right(num_queries, num_keys)}
+    return {"attn_mask": _mask(num_queries, num_keys, query_SNLD.dtype)}
+
+
+@lru_cache(maxsize=256)
+def _mask(num_queries: int, num_keys: int, dtype: torch.dtype) -> torch.Tensor:
+    """Added to the scores. On a CPU torch would write it anew for each layer, which for short stretches takes as long
+    as attending to them."""
+    return torch.full((num_queries, num_keys), -torch.inf, dtype=dtype).triu(num_keys - num_queries + 1)
 
 
 def _of_runs(values_KtD: torch.Tensor, part: Part) -> list[torch.Tensor]:

@@ -163,10 +163,10 @@ def pack(sequences: Seq[Sequence], ids: Seq[int], *, alignment: int, share_promp
     """The sequences `ids`, end to end, each padded to a multiple of `alignment` with tokens of weight 0.
 
     share_prompts: neighbours with equal prompts share it, see MicroBatch, and are padded together. What belongs to a
-    response token stands at the position that predicts it. No ids: one aligned stretch of padding,
-    which still has to run through the model where other ranks have work. Every prompt has at least one token. Raises
-    UserError for a sequence without a response token: engines return at least the token that ends the response, so
-    it is a sample that was lost or cut, and it would count in the advantages of its group while training nothing.
+    response token stands at the position that predicts it. No ids: one aligned stretch of padding, which still has to
+    run through the model where other ranks have work. Every prompt has at least one token. Raises UserError for a
+    sequence without a response token: engines return at least the token that ends the response, so it is a sample that
+    was lost or cut, and it would count in the advantages of its group while training nothing.
     """
     stretches = _stretches(sequences, ids, alignment, share_prompts=share_prompts)
     lengths = [stretch.length for stretch in stretches] or [max(alignment, 2)]
