@@ -30,7 +30,7 @@ from or1_megatron.parallel.megatron_files import MegatronWeights, all_tensors, i
 from or1_megatron.parallel.packed_weights import names
 from or1_megatron.parallel.weight_exchange import Plan
 from or1_megatron.profiling.spans import Spans
-from or1_megatron.rollout import receiver
+from or1_megatron.rollout import cpu_norms, receiver
 from or1_megatron.rollout.shards import SharedWeights
 from or1_megatron.types import Group, Prompt, Sample
 
@@ -291,6 +291,8 @@ def _start_vllm(spec: EngineSpec) -> Any:
             os.environ |= {"TORCHDYNAMO_DISABLE": "1", "GLOO_SOCKET_IFNAME": "lo"}  # of the processes it starts
         options["kv_cache_memory_bytes"] = int(spec.kv_cache_gb * 2**30)
         options["block_size"] = _CPU_BLOCK_SIZE
+        if spec.tensor_parallel == 1 and spec.dtype == "fp32":  # in this process
+            options |= cpu_norms.options()
         # With a seed vLLM takes back what a prompt drew that is not whole yet, and a CPU's generator cannot.
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(spec.max_batched_tokens, spec.context_length)

@@ -143,6 +143,25 @@ def test_log_probs_of_samples_equal_the_models(worker, checkpoint, temperature):
         assert_log_probs_equal(sample, model, temperature)
 
 
+def test_norms_are_those_of_the_c_library_and_equal_vllms(worker):
+    """`worker` has started an engine in this process."""
+    from vllm import ir
+
+    single, fused = ir.ops.rms_norm, ir.ops.fused_add_rms_norm
+    generator = torch.Generator().manual_seed(0)
+    x, residual, weight = (torch.randn(*size, generator=generator) for size in ((5, 64), (5, 64), (64,)))
+    strided = torch.randn(5, 96, generator=generator)[:, :64]
+    assert (
+        single.dispatch(x, weight, 1e-5).provider == fused.dispatch(x, residual, weight, 1e-5).provider == "c_library"
+    )
+    assert single.dispatch(strided, weight, 1e-5).provider == "native"
+    assert fused.dispatch(x, strided, weight, 1e-5).provider == "native"
+    expected = single.impls["native"].impl_fn(x, weight, 1e-5)
+    torch.testing.assert_close(single(x, weight, 1e-5), expected, atol=1e-6, rtol=1e-6)
+    found = fused(x.clone(), residual.clone(), weight, 1e-5)
+    torch.testing.assert_close(found, fused.impls["native"].impl_fn(x, residual, weight, 1e-5), atol=1e-6, rtol=1e-6)
+
+
 def test_first_group_comes_while_others_still_run(worker):
     short, long = prompt("x" * (CONTEXT - 2)), prompt("y")
     groups = worker.generate([long, short], 4, SamplingSpec(1.0, 1.0, 0))
