@@ -100,7 +100,8 @@ def calibrated_steps(
 ) -> list[tuple[StepTime, int]]:
     """(a step's time, steps) of each stage."""
     architecture = read_architecture(config.model.path)
-    shown = {"prompt_tokens": calibration.prompt_tokens, "shares_prompts": calibration.shares_prompts}
+    shares = config.parallel.share_prompts and config.parallel.cp == 1 and calibration.shares_prompts
+    shown = {"prompt_tokens": calibration.prompt_tokens, "shares_prompts": shares}
     costs = calibration.costs(
         architecture, config.parallel.num_ranks, config.rollout.num_engines,
         replicas=config.dp, token_budget=config.widest().token_budget,
@@ -226,7 +227,9 @@ def _stages(config: Config, assumptions: Assumptions) -> list[tuple[Work, int]]:
             policy=rollout.schedule,
             max_generated_factor=rollout.max_generated_factor,
             # With TransformerEngine, which auto takes on a GPU, they are not shared.
-            shares_prompts=stage.parallel.share_prompts and stage.model.transformer_impl == "torch",
+            shares_prompts=(
+                stage.parallel.share_prompts and stage.parallel.cp == 1 and stage.model.transformer_impl == "torch"
+            ),
         )
         if end > first:
             found.append((work, end - first))

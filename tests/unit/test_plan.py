@@ -120,6 +120,8 @@ def test_calibration_finds_the_machine(tmp_path: Path, capsys: pytest.CaptureFix
     assert (found.sync_s, found.rest_s) == pytest.approx((0.5, 0.4))
     both = calibrate(trace, run.read_metrics(), group_sizes=[2, 4], **machine)
     assert both.num_steps == 3 and both.fixed > 1.1 * FIXED
+    sharing = [{**row, "packing/spared_tokens": 7.0} for row in run.read_metrics()]
+    assert calibrate(trace, sharing, group_sizes=[2, 4], **machine).shares_prompts and not both.shares_prompts
 
 
 # A rollout that had begun before, then a whole one.
