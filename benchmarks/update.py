@@ -102,8 +102,7 @@ class Ours:
             pack(sequences, ids, alignment=1, share_prompts=share_prompts) for ids in layout.micro_batches[0]
         ]
         self.num_tokens = sum(s.num_response_tokens for s in sequences)
-        spared = [length for batch in self.batches for length in batch.spared_prompts]
-        self._computed = Tokens([len(s.tokens) for s in sequences], self.num_tokens, spared)
+        self._computed = Tokens.of(sequences, self.batches)
 
     def step(self) -> None:
         self.actor.update(self.batches, entropy_coefficient=ALPHA, num_tokens=self.num_tokens, lr=LR)
@@ -221,7 +220,7 @@ class Case:
 def build(bench: Benchmark, quick: bool) -> None:
     model = fetch_smollm2(Path(__file__).parents[1] / ".cache" / "models")
     slow = device.slow_in_bf16()
-    dtypes = ["fp32"] if quick and slow else ["fp32", "bf16"]
+    dtypes = ["fp32"] if quick and slow else ["bf16", "fp32"]
     if slow:
         bench.note(f"bf16 {'left out' if quick else 'three times, without groups'}: this CPU emulates its products")
     drawn = {"mixed": sequences(mixed_lengths(6 if quick else 16, 512))}
@@ -232,7 +231,7 @@ def build(bench: Benchmark, quick: bool) -> None:
         padded = sum(tokens.numel() for tokens, _, _ in map(HuggingFace._batch, HuggingFace._fill(mine)))
         told = f"{len(mine)} sequences, {sum(lengths)} tokens, {min(lengths)} to {max(lengths)}"
         bench.note(f"{name}: {told}; padded {padded}")
-        for dtype in dtypes[-1:] if quick else dtypes:
+        for dtype in dtypes[:1] if quick else dtypes:
             emulated = dtype == "bf16" and slow
             if emulated and name == "groups":
                 continue

@@ -97,7 +97,7 @@ class Updater:
                 lr=learning_rate,
                 temperature=self.config.rollout.temperature,
             )
-        passed = computed(sequences, batches)
+        passed = Tokens.of(sequences, itertools.chain(*batches))
         names = results[0].sums
         totals = {name: sum(result.sums[name] for result in results) / num_tokens for name in names}
         log_probs = _in_order(sequences, batches, [result.values for result in results], "log_probs_T")
@@ -154,12 +154,6 @@ def shares_prompts(config: Config) -> bool:
     """Whether the actor computes a prompt once for several responses: its attention has to know how."""
     ours = not use_transformer_engine(config.model.transformer_impl)
     return config.parallel.share_prompts and ours and config.parallel.cp == 1
-
-
-def computed(sequences: list[Sequence], batches: list[list[MicroBatch]]) -> Tokens:
-    """What a pass over the packed sequences computes, padding aside."""
-    spared = [length for batch in itertools.chain(*batches) for length in batch.spared_prompts]
-    return Tokens([len(s.tokens) for s in sequences], sum(s.num_response_tokens for s in sequences), spared)
 
 
 def mini_batches(sizes: list[int], mini_batch_size: int) -> list[tuple[int, int]]:

@@ -62,11 +62,16 @@ def lengths_of(pack_tokens: int) -> list[int]:
     return [pack_tokens // part for part in (2, 4, 8, 8)]
 
 
+def prompt_of(length: int) -> int:
+    """Tokens of it that are prompt: at their positions, but for the last, the head is not computed."""
+    return max(1, length // 8)
+
+
 def micro_batches(pack_tokens: int, step_tokens: int, vocab: int, seed: int) -> list[MicroBatch]:
     random = np.random.default_rng(seed)
     lengths = lengths_of(pack_tokens) * (step_tokens // pack_tokens)
     sequences = [
-        Sequence(tuple(random.integers(0, vocab, n).tolist()), max(1, n // 8), float(random.normal()), None)
+        Sequence(tuple(random.integers(0, vocab, n).tolist()), prompt_of(n), float(random.normal()), None)
         for n in lengths
     ]
     return [pack(sequences, range(first, first + 4), alignment=1) for first in range(0, len(sequences), 4)]
@@ -112,7 +117,8 @@ def _steps(
         device.take_peak_memory()
         step()
         peak_gib = device.take_peak_memory() / 2**30
-        flops = training_flops(a, Tokens(lengths_of(pack_tokens) * (sizes.step_tokens // pack_tokens)))
+        lengths = lengths_of(pack_tokens) * (sizes.step_tokens // pack_tokens)
+        flops = training_flops(a, Tokens(lengths, sum(n - prompt_of(n) for n in lengths)))
         mfu = partial(_of_peak, case, flops, ceilings.peak_flops)
         case.remark = lambda case=case, flops=flops, mfu=mfu, peak_gib=peak_gib: (
             f"MFU {mfu():.1%}, {_of_peak(case, flops, ceilings.flops):.0%} of the product's rate, {peak_gib:.1f} GiB"

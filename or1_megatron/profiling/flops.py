@@ -7,10 +7,12 @@ is not counted, so it lowers the MFU.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from or1_megatron.architecture import Architecture
+from or1_megatron.types import MicroBatch
+from or1_megatron.types import Sequence as TrainingSequence
 
 
 class Tokens(NamedTuple):
@@ -19,6 +21,12 @@ class Tokens(NamedTuple):
     lengths: Sequence[int]  # of the sequences, prompt and response
     predicted: int | None = None  # response tokens: at so many positions the LM head is computed; None: at all
     spared: Sequence[int] = ()  # lengths of prompts that `lengths` counts once more than they are computed
+
+    @classmethod
+    def of(cls, sequences: Sequence[TrainingSequence], batches: Iterable[MicroBatch]) -> Tokens:
+        """Of these sequences, packed into these micro-batches; padding aside."""
+        spared = [length for batch in batches for length in batch.spared_prompts]
+        return cls([len(s.tokens) for s in sequences], sum(s.num_response_tokens for s in sequences), spared)
 
     @property
     def in_layers(self) -> int:

@@ -172,8 +172,12 @@ def test_an_infinite_logit_that_only_the_entropy_shows_is_found(models: dict) ->
     """-infinity for a token that is nobody's label leaves the log-probs as they are, and p log p is NaN."""
     poison = partial(ranks_actor.poison_negative_logit, row=RARE)
     config = make_config(models["qwen3"])
-    ((message, unchanged),) = run_ranks(1, ranks_actor.poisoned_update, config, make_sequences(RARE), poison)
+    sequences = make_sequences(RARE)
+    ((message, unchanged),) = run_ranks(1, ranks_actor.poisoned_update, config, sequences, poison)
+    # The first that predicts a response token: at the others there are no logits.
+    places = [f"token {s.num_prompt_tokens - 1} of sequence {i} of the batch" for i, s in enumerate(sequences)]
     assert message.startswith("rank 0: the logits at token ") and unchanged
+    assert sum(place in message for place in places) == 1
     assert "log-prob -" in message and "entropy nan" in message
 
 
