@@ -11,7 +11,6 @@ from or1_megatron.architecture import Architecture
 from or1_megatron.cluster import Cluster
 from or1_megatron.collect import Rollout
 from or1_megatron.config import Config
-from or1_megatron.parallel.device import use_transformer_engine
 from or1_megatron.parallel.packing import Plan, pack, plan, shared_prompts, unpack_response_values
 from or1_megatron.profiling.flops import Tokens, training_flops
 from or1_megatron.profiling.spans import Spans
@@ -24,7 +23,7 @@ class Updater:
 
     def __init__(self, config: Config, architecture: Architecture, cluster: Cluster, spans: Spans):
         self.config, self._architecture, self._cluster, self._spans = config, architecture, cluster, spans
-        self._shares_prompts = shares_prompts(config)
+        self._shares_prompts = cluster.shares_prompts()
 
     def vocabulary_entropy(self, rollout: Rollout) -> float:
         """Full-vocabulary entropy of the actor over all sampled tokens of the rollout buffer, nats per token."""
@@ -148,12 +147,6 @@ class Updater:
         actor = _in_order([sequence], batches, values, "log_probs_T")[0]
         gaps = [np.abs(np.array(engine) - actor) for engine in self._cluster.engine_log_probs(tokens)]
         return float(max(gap.mean() for gap in gaps)), float(max(gap.max() for gap in gaps))
-
-
-def shares_prompts(config: Config) -> bool:
-    """Whether the actor computes a prompt once for several responses: its attention has to know how."""
-    ours = not use_transformer_engine(config.model.transformer_impl)
-    return config.parallel.share_prompts and ours and config.parallel.cp == 1
 
 
 def mini_batches(sizes: list[int], mini_batch_size: int) -> list[tuple[int, int]]:

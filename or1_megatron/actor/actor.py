@@ -182,6 +182,11 @@ class MegatronActor:
             self.memory[part].restore()
         trim_host_memory()
 
+    def shares_prompts(self) -> bool:
+        """Whether it may be given packs that share prompts: the attention has to know how."""
+        ours = not use_transformer_engine(self.config.model.transformer_impl)
+        return self.config.parallel.share_prompts and ours and self.config.parallel.cp == 1
+
     def peak_flops(self) -> float:
         return peak_flops(DTYPES[self.config.model.dtype])
 

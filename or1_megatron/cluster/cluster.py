@@ -209,6 +209,10 @@ class Cluster:
         """Of one actor rank's device; see parallel/device.py."""
         return self._workers.wait([self._ranks[0].call.remote("peak_flops")])[0]
 
+    def shares_prompts(self) -> bool:
+        """Whether the actor's packs may share prompts. Its ranks know: a driver may be where there is no GPU."""
+        return self._workers.wait([self._ranks[0].call.remote("shares_prompts")])[0]
+
     def begin_save(self, directory: Path) -> None:
         """Returns when the actor may change again; its ranks' files are written in the background."""
         self._enter(Phase.CHECKPOINT)

@@ -12,7 +12,8 @@ import torch
 
 from or1_megatron.config import Config
 from or1_megatron.parallel import device
-from or1_megatron.types import Sequence
+from or1_megatron.parallel.packing import pack
+from or1_megatron.types import MicroBatch, Sequence
 
 ALPHA, LR, STEPS = 0.05, 1e-2, 2
 
@@ -24,10 +25,10 @@ def actor_facts(configs: dict[Any, Config], sequences: list[Sequence]) -> dict[A
 
 def _facts(config: Config, sequences: list[Sequence]) -> dict[str, Any]:
     from or1_megatron.actor.actor import MegatronActor
-    from tests.parallel.ranks_actor import my_batches, per_sequence, weights
+    from tests.parallel.ranks_actor import per_sequence, weights
 
     actor = MegatronActor(config, 0)
-    batches = my_batches(actor, sequences)
+    batches = _batches(actor, sequences)
     scored = actor.log_probs(batches)
     assert scored is not None
     entropies = [replace(value, log_probs_T=value.entropy_T) for value in scored]
@@ -36,12 +37,20 @@ def _facts(config: Config, sequences: list[Sequence]) -> dict[str, Any]:
         "log_probs": per_sequence(scored, batches, sequences),
         "entropies": per_sequence(entropies, batches, sequences),
         "grads": dict(gradients(actor, batches, num_tokens)),
+        "spared": sum(sum(batch.spared_prompts) for batch in batches),
     }
     results = [actor.update(batches, entropy_coefficient=ALPHA, num_tokens=num_tokens, lr=LR) for _ in range(STEPS)]
     found["losses"] = [result.loss for result in results if result]
     found["grad_norms"] = [result.grad_norm for result in results if result]
     found["weights"] = weights(actor)
     return device_free(found)
+
+
+def _batches(actor: Any, sequences: list[Sequence]) -> list[MicroBatch]:
+    """Of four neighbours each; equal prompts among them are shared where the layers can."""
+    config, ids = actor.config, range(len(sequences))
+    settings: dict[str, Any] = {"alignment": config.alignment, "share_prompts": actor.shares_prompts()}
+    return [pack(sequences, ids[first : first + 4], **settings) for first in ids[::4]]
 
 
 def gradients(actor: Any, batches: list[Any], num_tokens: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -76,10 +85,10 @@ def updates_twice(configs: dict[str, Config], sequences: list[Sequence]) -> dict
 def _updated(config: Config, sequences: list[Sequence]) -> list[torch.Tensor]:
     from or1_megatron.actor import checkpoint
     from or1_megatron.actor.actor import MegatronActor
-    from tests.parallel.ranks_actor import my_batches, weights
+    from tests.parallel.ranks_actor import weights
 
     actor = MegatronActor(config, 0)
-    batches = my_batches(actor, sequences)
+    batches = _batches(actor, sequences)
     for _ in range(STEPS):
         actor.update(batches, entropy_coefficient=ALPHA, num_tokens=100, lr=LR)
     state = [*weights(actor).values(), *checkpoint.state_tensors(actor.optimizer)]

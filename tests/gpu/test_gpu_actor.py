@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from or1_megatron.config import Config
 from tests.dense_reference import dense_step, token_quantities
 from tests.gpu import computed
 from tests.gpu.one_rank import CPU_AND_GPU, run_on
@@ -24,7 +25,12 @@ from tests.tiny_models import write_tiny_model
 
 FAMILIES = ("qwen2", "qwen3")  # biases of q, k and v; norms of q and k
 VOCAB = 301  # padded rows behind it
-SEQUENCES = make_sequences(VOCAB)
+PROMPT = make_sequences(VOCAB)[4].tokens[:11]
+GROUP = [
+    replace(s, tokens=(*PROMPT, *s.tokens[s.num_prompt_tokens :]), num_prompt_tokens=len(PROMPT))
+    for s in make_sequences(VOCAB, seed=1)[:3]
+]
+SEQUENCES = [*make_sequences(VOCAB), *GROUP]
 Facts = dict[str, Any]
 
 
@@ -43,6 +49,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def references(models: dict[str, Path]) -> dict[str, HuggingFace]:
     return {family: reference(path) for family, path in models.items()}
+
+
+def config_of(path: Path, dtype: str, implementation: str = "torch") -> Config:
+    config = make_config(path, dtype=dtype, transformer_impl=implementation)
+    config.parallel.token_budget = 128
+    return config
 
 
 def reference(path: Path) -> HuggingFace:
@@ -71,7 +83,7 @@ def facts_on(models: dict[str, Path]) -> Any:
     @functools.cache
     def compute(where: str, compiled: bool = False, implementation: str = "torch") -> dict[tuple[str, str], Facts]:
         configs = {
-            (family, dtype): make_config(path, dtype=dtype, transformer_impl=implementation)
+            (family, dtype): config_of(path, dtype, implementation)
             for family, path in models.items()
             for dtype in ("fp32", "bf16")
         }
@@ -125,7 +137,11 @@ def compare(dtype: str, found: Facts, reference: HuggingFace) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("where", CPU_AND_GPU)
 def test_actor_equals_hugging_face(where: str, family: str, dtype: str, facts_on: Any, references: dict) -> None:
-    compare(dtype, facts_on(where)[family, dtype], references[family])
+    found = facts_on(where)[family, dtype]
+    assert found["spared"] == (len(GROUP) - 1) * (len(PROMPT) - 1), (
+        "the group shares its prompt, but for the last token"
+    )
+    compare(dtype, found, references[family])
 
 
 @pytest.mark.gpu
@@ -159,7 +175,7 @@ def test_transformer_engine_equals_the_torch_layers(family: str, dtype: str, fac
 
 @pytest.mark.parametrize("where", CPU_AND_GPU)
 def test_deterministic_updates_are_bitwise_equal(where: str, models: dict) -> None:
-    configs = {dtype: make_config(models["qwen3"], dtype=dtype) for dtype in ("fp32", "bf16")}
+    configs = {dtype: config_of(models["qwen3"], dtype) for dtype in ("fp32", "bf16")}
     for config in configs.values():
         config.model.deterministic = True
     found = run_on(where, computed.updates_twice, configs, SEQUENCES)

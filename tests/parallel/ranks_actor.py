@@ -94,6 +94,10 @@ def log_probs(rank: int, world_size: int, config: Config, sequences: list[Sequen
     return per_sequence(actor.log_probs(batches), batches, sequences)
 
 
+def shares_prompts(rank: int, world_size: int, config: Config) -> bool:
+    return MegatronActor(config, rank).shares_prompts()
+
+
 def can_compile(rank: int, world_size: int) -> bool:
     return compiler.can_compile()
 

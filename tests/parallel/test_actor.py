@@ -129,6 +129,15 @@ def test_recompute_changes_nothing(recompute: str, models: dict, references: dic
         assert (rank["grads"][name] - expected).abs().max() / expected.abs().max() < 1e-4, name
 
 
+@pytest.mark.parametrize(
+    ("layout", "switch", "shares"), [((2,), True, True), ((2,), False, False), ((1, 1, 2), True, False)]
+)
+def test_prompts_are_shared_unless_switched_off_or_cut(layout: tuple, switch: bool, shares: bool, models: dict) -> None:
+    config = make_config(models["qwen3"], *layout)
+    config.parallel.share_prompts = switch
+    assert run_ranks(2, ranks_actor.shares_prompts, config) == [shares, shares]
+
+
 RARE = 319
 
 
