@@ -29,7 +29,7 @@ from or1_megatron.sections import (
 class Config:
     name: str = key("run", "name of the run: first word of its last line, part of the run folder's name")
     runs_dir: str = key("runs", "where run folders are made")
-    run_dir: str = key("", "the run folder itself; must not exist; empty: runs_dir/name-YYYYmmdd-HHMMSS")
+    run_dir: str = key("", "the run folder itself; no other run may be in it; empty: runs_dir/name-YYYYmmdd-HHMMSS")
     steps: int = key(100, "training steps")
     seed: int = key(0, "seed of sampling and of every rank's generator")
     save_interval: int = key(0, "checkpoint every k steps; 0: only at the end")
@@ -118,6 +118,11 @@ class Config:
     def token_budget(self) -> int:
         """Most tokens in one packed micro-batch, the alignment's padding included."""
         return self.parallel.token_budget or self.longest_sequence
+
+    @property
+    def can_share_prompts(self) -> bool:
+        """Whether packs may hold a prompt once for several responses: context parallel cuts whole sequences."""
+        return self.parallel.share_prompts and self.parallel.cp == 1
 
     @property
     def dp(self) -> int:

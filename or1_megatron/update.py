@@ -50,7 +50,7 @@ class Updater:
                     current = log_probs
         with self._spans.span("metrics"):
             merged = {name: float(np.mean([m[name] for m in metrics])) for name in metrics[0]}
-            merged |= {name: sum(m[name] for m in metrics) for name in ("tokens", "flops")}
+            merged |= {name: sum(m[name] for m in metrics) for name in ("tokens", "flops", "packing/spared_tokens")}
             return {**merged, **mismatch_metrics(current, engine[: len(current)]), "sgd_steps": len(metrics)}
 
     def sequences(self, groups: list[Group]) -> list[Sequence]:

@@ -101,7 +101,7 @@ class MegatronActor:
     def log_probs(
         self, micro_batches: list[MicroBatch], *, temperature: float | None = None
     ) -> list[TokenValues] | None:
-        """log pi and full-vocabulary entropy of every token under the current weights; no gradients.
+        """log pi and full-vocabulary entropy of every response token under the current weights; no gradients.
 
         temperature: of the distribution; None is the rollout's.
         """
@@ -183,9 +183,8 @@ class MegatronActor:
         trim_host_memory()
 
     def shares_prompts(self) -> bool:
-        """Whether it may be given packs that share prompts: the attention has to know how."""
-        ours = not use_transformer_engine(self.config.model.transformer_impl)
-        return self.config.parallel.share_prompts and ours and self.config.parallel.cp == 1
+        """Whether it may be given packs that share prompts: TransformerEngine's attention does not know how."""
+        return self.config.can_share_prompts and not use_transformer_engine(self.config.model.transformer_impl)
 
     def peak_flops(self) -> float:
         return peak_flops(DTYPES[self.config.model.dtype])

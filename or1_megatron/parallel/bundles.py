@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
+_MOST_KEYS = 4  # per token
+
 
 def bundles(lengths: Seq[int], shared: Seq[int], *, most: int) -> list[list[int]]:
     """Neighbours of one prompt, at most `most` tokens together, or one sequence alone.
 
     shared[i]: how many first tokens sequence i has in common with the one before it; none given: no prompt is shared.
+    Attention joins the prompt's keys and values to each response's. So that a token budget still bounds memory, the
+    sequences of a bundle have at most four times its tokens.
     """
     found: list[list[int]] = []
-    size = 0
+    size = keys = 0
     for i, length in enumerate(lengths):
         common = shared[i] if shared else 0
-        if common and size + length - common <= most:
+        grown = size + length - common
+        if common and grown <= most and keys + length <= _MOST_KEYS * grown:
             found[-1].append(i)
-            size += length - common
+            size, keys = grown, keys + length
         else:
             found.append([i])
-            size = length
+            size = keys = length
     return found
 
 

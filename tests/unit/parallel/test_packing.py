@@ -232,6 +232,20 @@ def test_plan_of_groups_covers_each_sequence_once_within_the_budget(
     assert sum(sum(batch.spared_prompts) for batch in packed) >= spared
 
 
+@given(groups(), st.integers(1, 200))
+def test_a_bundle_has_few_tokens_and_few_keys(sequences: list[Sequence], most: int):
+    lengths, shared = [len(s.tokens) for s in sequences], shared_prompts(sequences)
+    for ids in bundles(lengths, shared, most=most):
+        tokens = sum(lengths[i] for i in ids) - sum(shared[i] for i in ids[1:])
+        assert len(ids) == 1 or tokens <= most
+        assert sum(lengths[i] for i in ids) <= 4 * tokens
+
+
+def test_long_prompts_are_computed_for_four_responses_at_once():
+    """Five would need 5 x 505 keys for 499 + 5 x 6 tokens in the layers."""
+    assert [len(ids) for ids in bundles([505] * 8, [0] + [499] * 7, most=10_000)] == [4, 4]
+
+
 def test_a_group_of_short_responses_shares_one_prompt():
     """16 prompts of 30 tokens with 8 responses of 10: a bundle is a group of 29 + 8 x 11 = 117 tokens."""
     draw = random.Random(0)
