@@ -100,12 +100,9 @@ def calibrated_steps(
 ) -> list[tuple[StepTime, int]]:
     """(a step's time, steps) of each stage."""
     architecture = read_architecture(config.model.path)
-    shares = config.parallel.share_prompts and config.parallel.cp == 1 and calibration.shares_prompts
+    shares = config.can_share_prompts and calibration.shares_prompts
     shown = {"prompt_tokens": calibration.prompt_tokens, "shares_prompts": shares}
-    costs = calibration.costs(
-        architecture, config.parallel.num_ranks, config.rollout.num_engines,
-        replicas=config.dp, token_budget=config.widest().token_budget,
-    )  # fmt: skip
+    costs = calibration.costs(architecture, config.parallel.num_ranks, config.rollout.num_engines, replicas=config.dp)
     return [
         (predict(dataclasses.replace(work, **shown), costs, draws), steps)
         for work, steps in _stages(config, assumptions)
@@ -227,9 +224,9 @@ def _stages(config: Config, assumptions: Assumptions) -> list[tuple[Work, int]]:
             policy=rollout.schedule,
             max_generated_factor=rollout.max_generated_factor,
             # With TransformerEngine, which auto takes on a GPU, they are not shared.
-            shares_prompts=(
-                stage.parallel.share_prompts and stage.parallel.cp == 1 and stage.model.transformer_impl == "torch"
-            ),
+            shares_prompts=stage.parallel.share_prompts and stage.model.transformer_impl == "torch",
+            num_reuse=stage.loss.num_reuse,
+            token_budget=stage.token_budget,
         )
         if end > first:
             found.append((work, end - first))

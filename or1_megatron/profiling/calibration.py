@@ -141,9 +141,7 @@ class Calibration:
     num_steps: int
     shares_prompts: bool  # in the actor
 
-    def costs(
-        self, architecture: Architecture, num_ranks: int, num_engines: int, *, replicas: int, token_budget: int
-    ) -> Costs:
+    def costs(self, architecture: Architecture, num_ranks: int, num_engines: int, *, replicas: int) -> Costs:
         """With more or fewer ranks and engines of the same kind."""
         rate = self.flops_rate * num_ranks / self.num_ranks
         return Costs(
@@ -157,7 +155,6 @@ class Calibration:
             packing_s=0.0,
             rest_s=self.rest_s,
             replicas=replicas,
-            token_budget=token_budget,
         )
 
     def describe(self) -> str:

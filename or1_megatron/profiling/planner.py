@@ -44,7 +44,14 @@ class Work:
     max_response_length: int = 0  # 0: what the context leaves
     policy: str = "round_robin"  # how prompts are dealt to the engines
     max_generated_factor: float = 1.0  # refill bound; each refill is a rollout of its own
-    shares_prompts: bool = False  # in the actor
+    shares_prompts: bool = False  # in the actor, where its context is not cut
+    num_reuse: int = 1  # N_reuse
+    token_budget: int = 0  # of a micro-batch; 0: the context length
+
+    @property
+    def num_mini_batches(self) -> int:
+        """D_R / D_T."""
+        return self.num_sgd_steps // self.num_reuse
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ class Costs:
     packing_s: float
     rest_s: float = 0.0  # of the rest, as measured: what no overlap hides any more
     replicas: int = 1  # of the actor
-    token_budget: int = 0  # see Layout
+    cuts_context: bool = False  # cp > 1
 
 
 def costs_of(architecture: Architecture, layout: Layout, hardware: Hardware) -> Costs:
@@ -118,7 +125,7 @@ def costs_of(architecture: Architecture, layout: Layout, hardware: Hardware) -> 
         scoring_s=hardware.scoring_s,
         packing_s=hardware.packing_s,
         replicas=layout.dp,
-        token_budget=layout.token_budget,
+        cuts_context=layout.cp > 1,
     )
 
 
@@ -149,7 +156,7 @@ def _predict(work: Work, costs: Costs, rng: random.Random) -> StepTime:
     computed = _computed(trained, work, costs)
     return StepTime(
         rollout=rollout,
-        update=costs.update(computed, work.num_sgd_steps) if trained else 0.0,
+        update=work.num_reuse * costs.update(computed, work.num_mini_batches) if trained else 0.0,
         sync=costs.sync,
         old_log_probs=costs.old_log_probs(computed) if work.recomputes_old_log_probs else 0.0,
         scoring=scoring,
@@ -165,11 +172,11 @@ def _computed(groups: list[list[int]], work: Work, costs: Costs) -> Tokens:
     """What a pass over these groups' sequences computes."""
     lengths = [length + work.prompt_tokens for group in groups for length in group]
     spared: list[int] = []
-    if work.shares_prompts and lengths:
+    if work.shares_prompts and not costs.cuts_context and lengths:
         common = work.prompt_tokens - 1
         shared = [common if i else 0 for group in groups for i in range(len(group))]
-        budget = costs.token_budget or work.context_length
-        whole = bundles(lengths, shared, most=bundle_limit(lengths, costs.replicas * work.num_sgd_steps, budget))
+        budget = work.token_budget or work.context_length
+        whole = bundles(lengths, shared, most=bundle_limit(lengths, costs.replicas * work.num_mini_batches, budget))
         spared = [common] * (len(lengths) - len(whole))
     return Tokens(lengths, sum(map(sum, groups)), spared)
 
@@ -242,9 +249,3 @@ def _gradient_seconds(architecture: Architecture, layout: Layout, hardware: Hard
     peers = layout.dp * layout.cp
     across = hardware.link if layout.num_devices <= hardware.devices_per_node else hardware.network
     return 6 * architecture.num_parameters / (layout.tp * layout.pp) * (peers - 1) / peers / across
-
-
-def fits_engine(architecture: Architecture, hardware: Hardware, tp: int, memory_share: float, context: int) -> bool:
-    """Whether an engine of tp devices holds the weights and at least the longest sequence."""
-    splits = architecture.num_heads % tp == 0 and tp <= hardware.devices_per_node
-    return splits and decode_model(architecture, hardware, tp, memory_share).cache_tokens > context

@@ -51,6 +51,12 @@ def test_update_is_flops_over_what_the_devices_achieve():
     assert piped == pytest.approx(seconds * (8 + 3) / 8)  # 64 sequences on 8 replicas: 8 micro-batches each
 
 
+def test_each_reuse_is_a_pass_over_the_whole_rollout():
+    costs = costs_of(MODEL, PLACE, H800)
+    once, twice = (predict(replace(WORK, num_sgd_steps=2 * n, num_reuse=n), costs).update for n in (1, 2))
+    assert twice == pytest.approx(2 * once)
+
+
 def test_shared_prompts_are_computed_once_for_short_responses():
     """Groups of 8 responses of 20 tokens to 100: 99 + 8 x 21 = 267 tokens in the layers instead of 960."""
     short = replace(WORK, lengths=Measured(((20,) * 8,), "run"), prompt_tokens=100)
@@ -60,6 +66,8 @@ def test_shared_prompts_are_computed_once_for_short_responses():
     layer = MODEL.num_layers * MODEL.matrix_parameters_per_layer
     head = 160 * MODEL.hidden_size * MODEL.vocab_size
     assert shared / apart == pytest.approx((267 * layer + head) / (960 * layer + head), rel=0.01)
+    cut = predict(replace(short, shares_prompts=True), replace(costs, cuts_context=True)).update
+    assert cut == apart
     long = replace(WORK, lengths=Measured(((900,) * 8,), "run"), prompt_tokens=100)
     apart, shared = (predict(replace(long, shares_prompts=shares), costs).update for shares in (False, True))
     assert shared == apart  # a quarter of the micro-batch of 4096 tokens holds one such sequence
