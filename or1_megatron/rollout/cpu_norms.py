@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 _PROVIDER = "c_library"
+_VECTOR = 16  # the most numbers in one of the kernels' vectors
 
 
 def options() -> dict[str, Any]:
@@ -52,8 +53,9 @@ def _register(operators: Any, rms_norm: Any, fused_add_rms_norm: Any) -> None:
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float, variance_size: int | None = None) -> bool:
-    """What the kernels can: whole, contiguous rows, and a weight of their dtype."""
-    return variance_size is None and x.is_contiguous() and weight is not None and weight.dtype == x.dtype
+    """What the kernels can: whole, contiguous rows of full vectors, and a weight of their dtype."""
+    whole = variance_size is None and x.is_contiguous() and x.shape[-1] % _VECTOR == 0
+    return whole and weight is not None and weight.dtype == x.dtype
 
 
 def _both_plain(
