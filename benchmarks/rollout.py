@@ -20,6 +20,7 @@ import sys
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -137,23 +138,30 @@ class Driver:
         parallel = dataclasses.replace(rollouts.config.parallel, num_ranks=REPLICAS, token_budget=2 * context)
         config = dataclasses.replace(rollouts.config, parallel=parallel)
         architecture = read_architecture(Path(config.model.path))
-        self._updater = Updater(config, architecture, rollouts.cluster, Spans(enabled=False))
+        # What it asks of a cluster before anything is trained; there are no ranks here, and theirs share prompts.
+        ranks: Any = SimpleNamespace(shares_prompts=lambda: True)
+        self._updater = Updater(config, architecture, ranks, Spans(enabled=False))
         draw = random.Random(0)
-        prompt = Prompt("p", "", tuple(draw.randrange(architecture.vocab_size) for _ in range(300)), ("1",))
-        lengths = LENGTHS.draw(num_groups, group, context - len(prompt.tokens), draw)
+        self._prompts = [
+            Prompt(f"p{i}", "", tuple(draw.randrange(architecture.vocab_size) for _ in range(300)), ("1",))
+            for i in range(num_groups)
+        ]
+        lengths = LENGTHS.draw(num_groups, group, context - 300, draw)
         self._given = [  # as vLLM has them
             [([draw.randrange(1000, architecture.vocab_size) for _ in range(n)], [-draw.random()] * n) for n in row]
             for row in lengths
         ]
-        self._prompt = prompt
         self._groups = self._make()
         self.tokens = sum(map(sum, lengths))
 
     def _make(self) -> list[Group]:
-        def sample(i: int, tokens: Any, log_probs: Any) -> Sample:
-            return Sample(self._prompt, i, tokens, log_probs, "", "stop", 0, "", float(i % 2)).pack()
+        def sample(prompt: Prompt, i: int, tokens: Any, log_probs: Any) -> Sample:
+            return Sample(prompt, i, tokens, log_probs, "", "stop", 0, "", float(i % 2)).pack()
 
-        return [Group(self._prompt, [sample(i, *row) for i, row in enumerate(rows)]) for rows in self._given]
+        return [
+            Group(prompt, [sample(prompt, i, *row) for i, row in enumerate(rows)])
+            for prompt, rows in zip(self._prompts, self._given, strict=True)
+        ]
 
     def during(self) -> None:
         """What is left when the engines have made arrays of each group that finished."""
