@@ -8,8 +8,10 @@ import pytest
 
 from or1_megatron import cli
 from or1_megatron.architecture import read_architecture
-from or1_megatron.dryrun import memory_per_rank
+from or1_megatron.dryrun import memory_per_rank, unfit
 from or1_megatron.errors import UserError
+from or1_megatron.parallel.vocab_head import _CHUNK_BYTES
+from or1_megatron.profiling.paper import MODELS
 from or1_megatron.recipe import load
 from tests.tiny_models import write_tiny_model
 
@@ -49,6 +51,12 @@ def test_stage_tables_are_the_papers(name: str):
     assert (config.entropy.rule, config.entropy.target, config.entropy.delta) == ("paper", 0.2, 0.005)
     assert config.rollout.temperature == 1.0 and config.loss.rejection and config.loss.kl_coefficient == 0
     assert (config.loss.surrogate, config.loss.mean_over, config.loss.advantage_mask) == ("clip", "tokens", "none")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_stage_fits_a_gpu_of_80_gb(name: str):
+    for stage in load(RECIPES / f"{name}.yaml").all_stages():
+        assert unfit(stage, MODELS[Path(stage.model.path).name]) == ""
 
 
 @pytest.mark.parametrize("name", SGD)
@@ -114,4 +122,4 @@ def test_memory_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert (found["weights"], found["gradients"]) == (2 * shard, 4 * shard)
     assert found["optimizer"] == 12 * shard / 16  # dp 8, cp 2
     tokens = 32768 / 4  # over cp 2 and tp 2; two layers kept as inputs, one whole
-    assert found["activations"] == (2 + 17) * tokens * 128 * 2 + (192 << 20)
+    assert found["activations"] == (2 + 17) * tokens * 128 * 2 + _CHUNK_BYTES["cuda"][1]
