@@ -80,7 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
     status.add_argument("target", metavar="JOB|RUN", help="job id or run folder")
     logs = commands.add_parser("logs", help="last lines of a run's logs")
     logs.add_argument("target", metavar="JOB|RUN", help="job id or run folder")
-    logs.add_argument("name", nargs="?", metavar="LOG", help="rank0, engine0, node1, ...; default: the driver's")
+    logs.add_argument(
+        "name",
+        nargs="?",
+        metavar="LOG",
+        help="driver, rank0, engine0, node1, ...; default: the driver's in a Slurm job, else the first",
+    )
     logs.add_argument("-n", metavar="N", type=int, default=20, dest="count", help="lines; default 20")
     _add_plan(commands)
     report = commands.add_parser(

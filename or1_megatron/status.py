@@ -134,7 +134,11 @@ def log_lines(run: Path, name: str | None, count: int) -> list[str]:
         if not chosen:
             chosen = logs[:1]
     else:
-        chosen = [path for stem, path in known.items() if stem in (name, f"driver-{name}", f"node-{name}")]
+        chosen = [
+            path
+            for stem, path in known.items()
+            if stem in (name, f"driver-{name}", f"node-{name}") or (name == "driver" and stem.startswith("driver-"))
+        ]
     if not chosen:
         raise UserError(f"{run} has no log {name or ''}; there are {', '.join(known) or 'none'}")
     lines: list[str] = []

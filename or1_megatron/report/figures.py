@@ -98,11 +98,9 @@ def _plot(
             colour, dash = (number, index) if len(runs) > 1 else (index, 0)
             lines.append(Line(f"{run.name}: {label}" if len(runs) > 1 else label, run.series(metric), colour, dash))
         if evaluations:
-            points = [(row["step"], next(row[k] for k in row if k.startswith("eval/avg@"))) for row in run.evaluations]
-            if points and points[0][0] == 1:  # the evaluation before the first step stands in its line
-                points[0] = (0.0, points[0][1])
             colour = number if len(runs) > 1 else 1
-            lines.append(Line(f"{run.name}: held out" if len(runs) > 1 else "held out", points, colour, dots=True))
+            label = f"{run.name}: held out" if len(runs) > 1 else "held out"
+            lines.append(Line(label, run.held_out(), colour, dots=True))
     lines = [line for line in lines if line.points]
     picture = line_plot(title, lines, percent=percent, zero=zero, level=level)
     return _card(title, remark, picture, [(line.label, line.colour, line.dash) for line in lines])

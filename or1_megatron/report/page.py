@@ -101,11 +101,8 @@ def _head(runs: Sequence[RunData]) -> str:
         ("seconds per step", f"{run.mean('seconds/step'):.1f}"),
         ("entropy", f"{run.steps[0].get('entropy/signal', 0):.3f} → {last.get('entropy/signal', 0):.3f}"),
     ]
-    if run.evaluations:
-        ends = [
-            next(row[k] for k in row if k.startswith("eval/avg@")) for row in (run.evaluations[0], run.evaluations[-1])
-        ]
-        found.insert(2, ("held out", f"{ends[0]:.1%} → {ends[1]:.1%}"))
+    if held_out := run.held_out():
+        found.insert(2, ("held out", f"{held_out[0][1]:.1%} → {held_out[-1][1]:.1%}"))
     tiles = "".join(f"<div class='card'><span class='faint'>{name}</span><b>{value}</b></div>" for name, value in found)
     return f"<h1>{escape(run.name)}</h1><p class='faint'>{escape(told)}</p><div class='tiles'>{tiles}</div>"
 

@@ -80,4 +80,5 @@ def test_logs(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert "line 48\nline 49" in (out := capsys.readouterr().out) and "line 47" not in out
     assert cli.main(["logs", str(run), "node1"]) == 0
     capsys.readouterr()
+    assert cli.main(["logs", str(run), "driver"]) == 0 and "line 49" in capsys.readouterr().out
     assert cli.main(["logs", str(run), "rank9"]) == 2 and "there are driver-node1" in capsys.readouterr().err

@@ -40,7 +40,7 @@ def make_run(root: Path, name: str, steps: int = 6, rollout_s: float = 7.0) -> P
             "seconds/step": 10.0, "seconds/rollout": rollout_s, "seconds/update": 1.5, "seconds/save": 1.0,
             "seconds/others": 8.5 - rollout_s, "tokens_per_second/rollout": 90.0, "tokens_per_second/update": 70.0,
             "idle": {"rank0": 8.0, "engine0": 3.0}, "memory": {"rank0": 3 << 30, "engine0": 2 << 30},
-            **({"eval/avg@4": 0.1} if step == 1 else {}),
+            **({"eval/T0.6/avg@4" if name == "other" else "eval/avg@4": 0.1} if step == 1 else {}),
         })  # fmt: skip
         prompts = [Prompt(f"p{i}", f"What is {i}?", (1,), ("1",)) for i in range(4)]
         run.save_rollouts(step, [
