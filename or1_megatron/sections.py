@@ -107,7 +107,9 @@ class RolloutConfig:
     gpu_memory_utilization: float = key(0.5, "share of the GPU's memory one engine may take")
     max_batched_tokens: int = key(16384, "most tokens in one engine step")
     enforce_eager: bool = key(False, "no CUDA graphs; always so on a machine without a GPU")
-    cpu_threads_per_engine: int = key(0, "OpenMP threads of one engine without a GPU; 0: all cores / num_engines")
+    cpu_threads_per_engine: int = key(
+        0, "OpenMP threads of each process of an engine without a GPU; 0: all cores / (num_engines * engine_tp)"
+    )
     probe_interval: int = key(1, "compare engine and actor log-probs after every k-th weight push; 0: never")
     probe_tolerance: float = key(
         0.0, "largest mean |engine - actor| log-prob of the probe text; 0: 1e-3 where both are fp32, else 0.1"

@@ -1,6 +1,6 @@
 """What submit.py has to know of a recipe, as JSON. Run by the job's Python, which has the package; starts nothing.
 
-python resolve.py RECIPE [key=value ...]
+python resolve.py GPU_GB RECIPE [key=value ...]
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ class DifficultyOptions:
     math_samples: int = option(16, "N: responses to a math problem")
     code_samples: int = option(8, "N: responses to a code problem")
     temperature: float = option(1.0, "sampling temperature")
-    max_response_length: int = option(0, "response limit, tokens; 0: what the context leaves (32,768 less the prompt)")
+    max_response_length: int = option(
+        0, "response limit, tokens; 0: that of the run or recipe, else what the context leaves"
+    )
     math_instruction: str = option(INSTRUCTION, "appended to a math problem; give the one of the training")
     code_instruction: str = option("", "appended to a code problem; give the one of the training")
     wave: int = option(
