@@ -45,6 +45,8 @@ class Row:
 def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Verdict]:
     """Scores every row, prints what came out and writes one JSON line per row to `out`. Raises UserError."""
     rows = read_rows(file)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
     if any(code_tests(row.task.ground_truth, row.task.data_source) for row in rows):
         print(reached_isolation(config))
     started = time.perf_counter()
@@ -89,7 +91,7 @@ def _raw_rows(file: Path) -> Iterator[Any]:
         except (ArrowException, OSError) as error:
             raise UserError(f"{file} is no parquet file: {str(error).splitlines()[0]}") from None
         return
-    for number, line in enumerate(file.read_text(errors="surrogateescape").splitlines(), 1):
+    for number, line in enumerate(file.read_text(errors="surrogateescape").split("\n"), 1):
         if line.strip():
             try:
                 yield json.loads(line)
@@ -103,7 +105,8 @@ def _row(place: str, row: Any) -> Row:
         raise UserError(f"{place}: no text under `response`")
     truth = row.get("ground_truth")
     if truth is None:
-        truth = (row.get("reward_model") or {}).get("ground_truth")
+        nested = row.get("reward_model")
+        truth = nested.get("ground_truth") if isinstance(nested, dict) else None
     truths = truth if isinstance(truth, list) else [truth]
     if not truths or not all(isinstance(item, str | int | float) for item in truths):
         raise UserError(f"{place}: `ground_truth` is {truth!r:.60}; it must be text, or a list of texts")

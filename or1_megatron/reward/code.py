@@ -99,7 +99,7 @@ def _run(
     ending = sandbox.end(pid, patience)
     if written is not None and len(written) > most:
         return "wrong", f"more than {most} bytes of output"
-    failure = _failure(ending)
+    failure = _failure(ending, _cpu(limits.test_s))
     if failure:
         return failure
     text = (written or b"").decode(errors="surrogateescape")
@@ -126,12 +126,16 @@ def _judged(code: str, tests: CodeTests, sandbox: Sandbox, limits: Limits, deadl
         tested = sandbox.start("tested", descriptors, _cpu(limits.total_s))
     finally:
         _close(descriptors)
-    (verdict, detail), late = _referee(payload, sandbox, limits, deadline, (to_referee, from_referee))
+    try:
+        (verdict, detail), late = _referee(payload, sandbox, limits, deadline, (to_referee, from_referee))
+    except BaseException:
+        sandbox.end(tested, 0.0)
+        raise
     ending = sandbox.end(tested, 0.0 if verdict != "ended" else _GRACE_S)
     if late:
         return "timeout", f"all tests took longer than {limits.total_s} s"
     if verdict == "ended":
-        return _failure(ending) or ("wrong", f"{detail} with exit code {ending.code}")
+        return _failure(ending, _cpu(limits.total_s)) or ("wrong", f"{detail} with exit code {ending.code}")
     return verdict, detail
 
 
@@ -163,14 +167,14 @@ def _referee(
     return (verdict, detail), False
 
 
-def _failure(ending: Ending) -> tuple[str, str] | None:
-    """Why a process that should have ended well did not; None when it did."""
+def _failure(ending: Ending, cpu_s: int) -> tuple[str, str] | None:
+    """Why a process with so much CPU time that should have ended well did not; None when it did."""
     if ending.late or ending.signal == signal.SIGXCPU:
         return "timeout", f"after {ending.cpu_s:.1f} s of CPU time"
     if ending.signal == signal.SIGSYS:
         return "sandbox_violation", "a system call that is not allowed"
     if ending.signal == signal.SIGKILL:
-        if ending.cpu_s >= 1:  # its own CPU limit, with SIGXCPU ignored
+        if ending.cpu_s >= cpu_s:  # its own CPU limit, with SIGXCPU ignored
             return "timeout", f"after {ending.cpu_s:.1f} s of CPU time"
         raise Interrupted("killed from outside")
     if ending.code == EXIT_MEMORY:
@@ -200,10 +204,10 @@ def _same_line(line: str, wanted: str) -> bool:
 def _same_number(token: str, wanted: str) -> bool:
     try:
         value, goal = Decimal(token), Decimal(wanted)
-    except InvalidOperation:
+        if value == goal:
+            return True
+    except InvalidOperation:  # also of a comparison with a signalling NaN
         return False
-    if value == goal:
-        return True
     if not value.is_finite() or not goal.is_finite() or not ("." in wanted or "e" in wanted.lower()):
         return False
     return abs(float(value) - float(goal)) <= TOLERANCE * max(1.0, abs(float(goal)))

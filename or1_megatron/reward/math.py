@@ -105,8 +105,8 @@ def _value_in_base(number: re.Match[str]) -> str:
 def _parse(answer: str) -> list[Any]:
     from math_verify import parse
 
-    answer = _REPEATING.sub(_fraction, _DIGIT_SPACE.sub("", _LOOKS.sub("", answer).rstrip(".;")))
     try:
+        answer = _REPEATING.sub(_fraction, _DIGIT_SPACE.sub("", _LOOKS.sub("", answer).rstrip(".;")))
         return parse(f"\\boxed{{{answer}}}", parsing_timeout=None, raise_on_error=True)  # type: ignore[arg-type]
     except MemoryError:
         raise

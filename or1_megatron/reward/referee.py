@@ -203,13 +203,14 @@ def _integer_keys(value: Any) -> Any:
 
 
 def same(result: Any, expected: Any) -> bool:
-    """Equal values of equal type; a float may differ by TOLERANCE, relative or absolute."""
+    """Equal values of equal type; where a float is expected it may differ by TOLERANCE, relative or absolute."""
     if isinstance(expected, bool) or isinstance(result, bool):
         return result is expected or (isinstance(result, int) and isinstance(expected, int) and result == expected)
     if isinstance(expected, float) or isinstance(result, float):
         if not isinstance(result, int | float) or not isinstance(expected, int | float):
             return False
-        return result == expected or abs(result - expected) <= TOLERANCE * max(1.0, abs(expected))
+        near = isinstance(expected, float) and abs(result - expected) <= TOLERANCE * max(1.0, abs(expected))
+        return near or result == expected
     if isinstance(expected, list):
         return (
             isinstance(result, list)

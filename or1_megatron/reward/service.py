@@ -164,8 +164,8 @@ class RewardService:
         while not self._closing:
             self._hungry = True
             self._fill()
-            self._hungry = not all(worker.job for worker in self._workers)
-            busy = any(worker.job for worker in self._workers)
+            self._hungry = not self._workers or not all(worker.job for worker in self._workers)
+            busy = not self._workers or any(worker.job for worker in self._workers)
             for key, events in self._selector.select(_TICK_S if busy else None):
                 if key.data is None:
                     os.read(self._wake_from, 65536)
@@ -193,7 +193,7 @@ class RewardService:
             if self._template is None:
                 self._template = Template(asdict(self._config), self.log, self.spans)
             worker = self._template.fork()
-        except Lost:
+        except (Lost, OSError):  # OSError: no process can be started now
             self._lose_template()
             self._count_failed_starts(10)
             return

@@ -72,8 +72,10 @@ def run_program(code: str, stage: Stage) -> None:
                     if thread is not threading.current_thread() and not thread.daemon:
                         thread.join()
             atexit._run_exitfuncs()
-        with contextlib.suppress(BaseException):
-            sys.stdout.flush()
+        for stream in (sys.stdout, sys.__stdout__):  # a program may have put another in the place of the first
+            with contextlib.suppress(BaseException):
+                if stream is not None:
+                    stream.flush()
         os._exit(status)
 
 

@@ -82,8 +82,8 @@ def _serve(channel: socket.socket, settings: dict[str, Any]) -> None:
     """A worker's life. Never returns."""
     ready = False
     try:
-        limit = settings["memory_mb"] * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        _, most = resource.getrlimit(resource.RLIMIT_AS)  # stays: tested code may be allowed more than a worker
+        resource.setrlimit(resource.RLIMIT_AS, (settings["memory_mb"] * 2**20, most))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         bytes(32 * 2**20)  # never touched; a limit that leaves no room would make every verdict `memory`
         verifier = Verifier(settings)
@@ -143,8 +143,13 @@ class Verifier:
             return math.score(text, gold), ""
         if self._sandbox is None:
             required = self._settings["require_isolation"]
-            self._sandbox = Sandbox(self._settings["code_memory_mb"], bubblewrap=required == "namespaces")
-            isolation.require(self._sandbox.level, required, self._sandbox.description)
+            sandbox = Sandbox(self._settings["code_memory_mb"], bubblewrap=required == "namespaces")
+            try:
+                isolation.require(sandbox.level, required, sandbox.description)
+            except UserError:
+                sandbox.close()
+                raise
+            self._sandbox = sandbox
         return code.score(text, tests, self._sandbox, self._limits)
 
 

@@ -121,6 +121,9 @@ VERDICTS = [
     ("program by descriptor", "import os\nos.write(1, b'%d' % (2 * int(os.read(0, 99))))", DOUBLE, "correct"),
     ("program by buffer", "sys.stdout.buffer.write(b'%d' % (2 * int(sys.stdin.buffer.read())))", DOUBLE, "correct"),
     ("program that exits", "print(2 * int(input()))\nexit()", DOUBLE, "correct"),
+    ("program with its own output", "import io\nsys.stdout = io.StringIO()\nprint(2 * int(input()))\n"
+     "sys.__stdout__.write(sys.stdout.getvalue())", DOUBLE, "correct"),
+    ("not a number at all", "print('sNaN')", DOUBLE, "wrong"),
     ("program with thread", "from threading import *\nThread(target=lambda: print(2 * int(input()))).start()", DOUBLE,
      "correct"),
     ("first right only", "print(2)", DOUBLE, "wrong"),
@@ -136,6 +139,7 @@ VERDICTS = [
     ("call", "def add(a, b): return a + b", CALLED, "correct"),
     ("call of a method", "class Solution:\n    def add(self, a, b): return a + b", CALLED, "correct"),
     ("call, tuple for list", "def add(a, b): return a + b if a == 1 else (*a, *b)", CALLED, "correct"),
+    ("call, nearly an integer", "def add(a, b): return (a + b) * (1 + 1e-9) if a == 1 else a + b", CALLED, "wrong"),
     ("call, true for one", "def add(a, b): return True", CALLED, "wrong"),
     ("call of another name", "def plus(a, b): return a + b", CALLED, "wrong"),
     ("call of a name from operator", "", CALLED, "wrong"),
@@ -188,6 +192,11 @@ VERDICTS = [
 def test_verdict(service: RewardService, code: str, tests: object, verdict: str) -> None:
     found = check(service, code, tests)
     assert found.name == verdict, found
+
+
+def test_tested_code_may_have_more_memory_than_a_worker() -> None:
+    with RewardService(RewardConfig(num_workers=1, memory_mb=2048, code_memory_mb=3072)) as service:
+        assert check(service, "a = bytearray(2200 << 20)\nprint(2 * int(input()))", DOUBLE).name == "correct"
 
 
 def test_same_order_of_a_set_every_time(service: RewardService) -> None:

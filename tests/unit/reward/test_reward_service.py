@@ -180,6 +180,17 @@ def test_too_little_memory_to_start_is_a_failure_with_the_log(tmp_path: Path) ->
     assert "MemoryError" in failure.value.log_tail
 
 
+def test_a_template_that_does_not_start_is_a_failure_with_one_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody submits while it fails: no wish and no answer wakes the service up."""
+    monkeypatch.setattr("or1_megatron.reward.processes.sys.executable", "/bin/false")
+    with RewardService(dataclasses.replace(CONFIG, num_workers=1), tmp_path) as service:
+        time.sleep(1.0)
+        with pytest.raises(RunFailure, match="no reward worker"):
+            service.submit(Task("\\boxed{1}", ("1",))).result(timeout=60)
+
+
 def test_check_that_needs_too_much_memory(tmp_path: Path) -> None:
     with running(tmp_path) as service:
         occupied_mb = psutil.Process(service.pids[-1]).memory_info().vms // 2**20
