@@ -18,7 +18,7 @@ class Refused(Exception):
 
 def minutes(text: str) -> float | None:
     """Slurm's times (MM, MM:SS, HH:MM:SS, D-HH, D-HH:MM[:SS]) in minutes; None: no limit. Raises Refused."""
-    if text.lower() in ("infinite", "unlimited"):
+    if text.lower() in ("infinite", "unlimited", "0"):
         return None
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if not match:
@@ -32,7 +32,9 @@ def minutes(text: str) -> float | None:
 
 
 def ask(*words: str) -> str | None:
-    """What a Slurm command prints; None where it fails."""
+    """What a Slurm command, or git, prints; None where it fails or is not there."""
+    if shutil.which(words[0]) is None:
+        return None
     done = subprocess.run(words, check=False, capture_output=True, text=True)
     return done.stdout if done.returncode == 0 else None
 

@@ -74,7 +74,8 @@ def job_python(options: argparse.Namespace) -> str:
     """By its path on the nodes; in an image the checkout's own is of no use."""
     if options.container_image:
         return "python3" if options.python == default_python() else options.python
-    return shutil.which(options.python) or options.python
+    found = shutil.which(options.python) or options.python
+    return os.path.abspath(found) if "/" in found else found  # the job runs elsewhere; a link stays, it makes a venv
 
 
 def recipes_and_overrides(options: argparse.Namespace) -> tuple:
@@ -109,6 +110,8 @@ def check_plan(facts: dict[str, Any], options: argparse.Namespace) -> None:
     """Does the recipe fit the nodes? Raises Refused."""
     if options.nodes < 1 or options.gpus_per_node < 1:
         raise Refused(f"--nodes {options.nodes} --gpus-per-node {options.gpus_per_node}: at least 1 each")
+    if min(options.start_minutes, options.object_store_gb) <= 0 or options.stall_minutes < 0:
+        raise Refused("--start-minutes and --object-store-gb must be above 0, --stall-minutes 0 or more")
     if options.lead * 2 > (site_limits.minutes(options.time) or math.inf):
         raise Refused(f"--time {options.time} is less than twice --lead {options.lead:g} minutes")
     if options.chain and len(facts["stages"]) < 2:
@@ -130,17 +133,17 @@ def check_plan(facts: dict[str, Any], options: argparse.Namespace) -> None:
         print(f"note: {path} does not exist here; the nodes must have it under this name")
 
 
-def run_folder(facts: dict[str, Any], options: argparse.Namespace) -> Path:
-    """The run folder's path, absolute, not there yet. Raises Refused."""
+def run_folder(facts: dict[str, Any], options: argparse.Namespace, taken: list[Path]) -> Path:
+    """The run folder's path, absolute, not there yet and none of `taken`. Raises Refused."""
     if options.run_dir and not options.array:
         run = options.run_dir.absolute()
-        if run.exists() and any(run.iterdir()):
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise Refused(f"--run-dir {run} is not empty; a run goes on by itself, for a new one choose another")
     else:
         parent = (options.run_dir or Path(facts["runs_dir"])).absolute()
         run = first = parent / (f"{facts['name']}-{time.strftime('%Y%m%d-%H%M%S')}")
         number = 1
-        while run.exists():
+        while run.exists() or run in taken:
             number += 1
             run = first.with_name(f"{first.name}-{number}")
     if re.search(r"[\s\"'$`\\,:]", str(run)):
@@ -180,7 +183,6 @@ def script(runs: list[Path], facts: dict[str, Any], options: argparse.Namespace)
 def write_run(run: Path, recipe: str, overrides: list[str], facts: dict[str, Any], options: argparse.Namespace) -> None:
     """RUN/slurm: the code, the recipe and what node.py reads."""
     folder = run / "slurm"
-    folder.mkdir(parents=True)
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     shutil.copytree(str(ROOT / "or1_megatron"), str(folder / "code" / "or1_megatron"), ignore=ignore)
     for name in ("node.py", "ray_node.py", "ports.py", "progress.py", "preflight", "cluster.env"):
@@ -224,9 +226,14 @@ def submit(batch: Path, steps: list[int]) -> list[str]:
     if not steps:
         return [sbatch("--parsable", str(batch))]
     jobs: list[str] = []
-    for last in steps:
-        after = ["--dependency=afterok:" + jobs[-1], "--kill-on-invalid-dep=yes"] if jobs else []
-        jobs.append(sbatch("--parsable", f"--export=ALL,OR1_STEPS={last}", *after, str(batch)))
+    try:
+        for last in steps:
+            after = ["--dependency=afterok:" + jobs[-1], "--kill-on-invalid-dep=yes"] if jobs else []
+            jobs.append(sbatch("--parsable", f"--export=ALL,OR1_STEPS={last}", *after, str(batch)))
+    except Refused:
+        if jobs:
+            site_limits.ask("scancel", *jobs)
+        raise
     return jobs
 
 
@@ -241,7 +248,7 @@ def main(arguments: list[str]) -> int:
         partition, qos = options.partition, options.qos
         site_limits.check(partition, options.time, options.nodes, options.gpus_per_node, options.account, qos)
         for facts in plans:
-            runs.append(run_folder(facts, options))
+            runs.append(run_folder(facts, options, runs))
         text = script(runs, plans[0], options)
         if options.dry_run:
             print("\n".join([*plans[0]["plan"], "", "run folder " + " ".join(map(str, runs)), "", text]))
@@ -257,15 +264,18 @@ def write_and_submit(
     options: argparse.Namespace,
 ) -> int:  # fmt: skip
     """Everything or nothing: what was written goes again when Slurm refuses the job."""
+    made: list[Path] = []
     try:
         for number, run in enumerate(runs):
+            (run / "slurm").mkdir(parents=True)
+            made.append(run)
             write_run(run, recipes[number], overrides, plans[number], options)
         batch = runs[0] / "slurm" / "train.sbatch"
         batch.write_text(text)
         sbatch("--test-only", str(batch))
         jobs = submit(batch, plans[0]["stages"] if options.chain else [])
     except (OSError, Refused) as error:
-        for run in runs:
+        for run in made:
             shutil.rmtree(str(run / "slurm"), ignore_errors=True)
             if run.is_dir() and not any(run.iterdir()):
                 run.rmdir()

@@ -45,9 +45,30 @@ def test_the_batch_script_means_the_same_ports() -> None:
     assert int(said.stdout) == ports.of_job(98765)["gcs"]
 
 
+def test_a_task_of_an_array_acts_on_itself() -> None:
+    """Its last task has the array's own id, by which Slurm would requeue all of them."""
+    text = (FOLDER / "train.sbatch").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("ID=") or "|| ID=" in line]
+    script = "\n".join([*lines, "echo $ID"])
+    array = {"SLURM_JOB_ID": "70", "SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "2"}
+    for environment, own in ((array, "70_2"), ({"SLURM_JOB_ID": "70"}, "70")):
+        said = subprocess.run(["bash", "-uc", script], env=environment, capture_output=True, text=True, check=True)
+        assert said.stdout.strip() == own
+    asking = [line for line in text.splitlines() if "scontrol update" in line or "scontrol requeue" in line]
+    assert len(asking) == 3 and all("$ID" in line for line in asking)
+
+
 @pytest.mark.parametrize(
     ("text", "minutes"),
-    [("90", 90), ("30:30", 30.5), ("2:30:00", 150), ("1-12", 2160), ("2-00:00:00", 2880), ("infinite", None)],
+    [
+        ("90", 90),
+        ("30:30", 30.5),
+        ("2:30:00", 150),
+        ("1-12", 2160),
+        ("2-00:00:00", 2880),
+        ("infinite", None),
+        ("0", None),
+    ],
 )
 def test_times_of_slurm(text: str, minutes: float | None) -> None:
     assert site_limits.minutes(text) == minutes
