@@ -120,7 +120,7 @@ def run_in_turns(scratch: Path, model: Path, steps: int) -> tuple[InTurns, list[
         Cluster(config.widest(), folder.path) as cluster,
     ):
         run = Run(config, inputs, folder, cluster, rewards, display, stop)
-        timeline = InTurns(folder, cluster, rewards, run.spans)
+        timeline = InTurns(config.profiling, folder, cluster, rewards, run.spans)
         timeline.attach(cluster)
         run.timeline = timeline
         magic(run)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -97,3 +97,13 @@ def estimate(values: Iterable[float]) -> Estimate:
     means = [values_P[draw.integers(count, size=(100, count))].mean(1) for _ in range(_NUM_RESAMPLES // 100)]
     low, high = np.percentile(np.concatenate(means), (2.5, 97.5))
     return Estimate(float(values_P.mean()), float(low), float(high))
+
+
+def held_out(rows: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, avg@n at the first temperature) of a run's metrics. The line of a step holds the evaluation before it."""
+    found = []
+    for row in rows:
+        values = [value for name, value in row.items() if name.startswith("eval/") and "avg@" in name]
+        if values:
+            found.append((row["step"] - ("seconds/step" in row), values[0]))
+    return found

@@ -89,6 +89,11 @@ class RolloutAhead:
         self._thread = threading.Thread(target=run, name="rollout", daemon=True)
         self._thread.start()
 
+    @property
+    def under_way(self) -> bool:
+        """Whether one was started that nobody has waited for yet."""
+        return self._thread is not None
+
     def wait(self) -> None:
         """Until the engines are free. Raises what the rollout died of."""
         if self._thread is not None:
@@ -189,7 +194,8 @@ def score_groups(
         whole = whole_groups(groups, group_size)
         sound = [group for group in whole if all(sample.verdict != "infrastructure_error" for sample in group.samples)]
         place = {prompt.uid: i for i, prompt in enumerate(prompts)}
-        sound.sort(key=lambda group: place[group.prompt.uid])
+        # A prompt dealt twice has two groups in one place: by their tokens then, not by who finished first.
+        sound.sort(key=lambda group: (place[group.prompt.uid], tuple(group.samples[0].tokens[:256])))
     if not sampling.pack:
         with spans.span("pack"):
             for group in sound:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
+from or1_megatron.accuracy import held_out
 from or1_megatron.cluster import Cluster
 from or1_megatron.collect import Rollout, RolloutAhead, collect, sampled_entropy, shortfall
 from or1_megatron.config import Config
@@ -44,7 +45,7 @@ class Run:
         self.config, self.architecture, self.folder = config, inputs.architecture, folder
         self.cluster, self.rewards, self.display, self.stop = cluster, rewards, display, stop
         self.spans = Spans()
-        self.timeline = Timeline(folder, cluster, rewards, self.spans)
+        self.timeline = Timeline(config.profiling, folder, cluster, rewards, self.spans)
         self.stream = PromptMixture(inputs.sources, config.data.weights or [1.0], config.data.seed)
         self.carried: list[Group] = []  # the last rollout's surplus
         self._stream_state = self.stream.state_dict()  # after the last rollout, not after one that is under way
@@ -81,6 +82,8 @@ class Run:
                 self.stages.dropped = sorted({*self.stages.dropped, *newly})
                 self.stream.drop(self.stages.dropped)
                 self.display.message(f"{len(newly)} problems solved in the stage before are dropped")
+            context = self.stages.config.rollout.context_length
+            self.carried = [group for group in self.carried if group.longest <= context]
             if self.config.entropy.at_stage == "reset":
                 self.controller = entropy_controller(self.config)
             self.display.message(self.stages.describe())
@@ -133,6 +136,7 @@ class Run:
         for uid, tokens, responses in self.folder.read_lengths(self.state.step):
             self.lengths.note(uid, tokens, responses)
         self.folder.rewind(self.state.step)
+        self.evaluator.history = held_out(self.folder.read_metrics())
         self.folder.save_config(self.config)
         self.display.message(f"resumed after step {self.state.step}")
 
@@ -159,8 +163,10 @@ class Run:
         Raises RunFailure when engine and actor disagree on a fixed text beyond the tolerance.
         """
         self.display.phase("syncing weights")
-        with self.spans.span("rollout"):
-            self._ahead.wait()
+        if self._ahead.under_way:
+            with self.spans.span("rollout"):
+                self._ahead.wait()
+            self.timeline.add_engines()
         with self.spans.span("sync"):
             self.cluster.push_weights(version=completed)
         interval, tolerance = self.config.rollout.probe_interval, self.config.probe_tolerance
@@ -195,7 +201,7 @@ class Run:
             metrics["training_flops"] = metrics.pop("flops")
             metrics["mfu"] = metrics["training_flops"] / (seconds["seconds/update"] * peak)
             metrics["tokens_per_second/update"] = metrics["tokens"] / seconds["seconds/update"]
-        metrics |= self.timeline.end(step)
+        metrics |= self.timeline.end(step, engines=not self._ahead.under_way)
         with self.spans.span("record"):
             self.folder.save_rollouts(step, rollout.generated)
             self.folder.log_metrics(step, metrics)

@@ -15,6 +15,7 @@ from or1_megatron.profiling.spans import Record, Span, Spans, busy_seconds, cloc
 from or1_megatron.profiling.trace import lanes, merged, trace_text
 from or1_megatron.reward.service import RewardService
 from or1_megatron.runfolder import RunFolder
+from or1_megatron.sections import ProfilingConfig
 
 _QUESTIONS = 8  # about another host's clock
 
@@ -22,9 +23,11 @@ _QUESTIONS = 8  # about another host's clock
 class Timeline:
     """The run's spans. `driver` is the driver's recorder."""
 
-    def __init__(self, folder: RunFolder, cluster: Cluster, rewards: RewardService, driver: Spans):
-        self._folder, self._cluster, self._rewards, self._driver = folder, cluster, rewards, driver
-        self._config = folder.config.profiling
+    def __init__(
+        self, config: ProfilingConfig, folder: RunFolder, cluster: Cluster, rewards: RewardService, driver: Spans
+    ):
+        self._config, self._folder, self._cluster = config, folder, cluster
+        self._rewards, self._driver = rewards, driver
         self._steps: deque[dict[str, Record]] = deque(maxlen=self._config.trace_steps)
         self._last_step = 0
         self._offsets: dict[str, tuple[int, int]] = {}
@@ -36,16 +39,19 @@ class Timeline:
         if self._profiles(step):
             for rank in self._config.ranks:
                 file = self._folder.path / "profile" / f"rank{rank}-step-{step:06d}.json"
-                self._cluster.ask("start_profiler", self._config.tool, file, ranks=[rank])
+                self._cluster.ask("start_profiler", self._config.tool, file, ranks=[rank], engines=False)
 
-    def end(self, step: int) -> dict[str, Any]:
-        """Metrics of a step: {"idle": seconds by process, "memory": peak bytes by process}. Rewrites trace.json."""
+    def end(self, step: int, *, engines: bool = True) -> dict[str, Any]:
+        """Metrics of a step: {"idle": seconds by process, "memory": peak bytes by process}. Rewrites trace.json.
+
+        engines: False where they are decoding ahead, since they would answer only after that: see add_engines().
+        """
         if self._profiles(step):
-            self._cluster.ask("stop_profiler", ranks=self._config.ranks)
+            self._cluster.ask("stop_profiler", ranks=self._config.ranks, engines=False)
         if not self._config.trace_steps:
             return {}
         with self._driver.span("trace"):
-            records = self._drain()
+            records = self._drain(engines=engines)
             self._steps.append(records)
             self._last_step = step
             self._write()
@@ -61,27 +67,40 @@ class Timeline:
             "memory": {name: record.peak_bytes for name, record in records.items() if record.peak_bytes},
         }
 
+    def add_engines(self) -> None:
+        """Adds what the engines have done since their last answer to the newest step, whose end found them decoding."""
+        if self._steps:
+            with self._driver.span("trace"):
+                self._add(self._answers(ranks=[]))
+
     def close(self) -> None:
         """Adds what came after the last step."""
         if self._config.trace_steps and self._steps:
-            last = self._steps.pop()
-            self._steps.append({name: merged([last[name], later]) for name, later in self._drain().items()})
+            self._add(self._drain())
             self._write()
+
+    def _add(self, records: dict[str, Record]) -> None:
+        newest = self._steps[-1]
+        newest |= {name: merged([newest[name], more]) if name in newest else more for name, more in records.items()}
 
     def _profiles(self, step: int) -> bool:
         return self._config.tool != "none" and step in self._config.steps
 
-    def _drain(self) -> dict[str, Record]:
+    def _drain(self, *, engines: bool = True) -> dict[str, Record]:
         driver = self._driver.drain()
         driver.peak_bytes = take_peak_memory()
-        records = {"driver": driver}
-        for name, record in sorted(self._cluster.ask("drain").items(), key=lambda item: (-len(item[0]), item[0])):
-            records[name] = _shifted(record, self._offsets[name][0])
+        records = {"driver": driver, **self._answers(engines=engines)}
         checks = [self._rewards.spans.popleft() for _ in range(len(self._rewards.spans))]
         return records | {"verifiers": Record(checks, [], 0)}
 
+    def _answers(self, **whom: Any) -> dict[str, Record]:
+        found = self._cluster.ask("drain", **whom)
+        names = sorted(found, key=lambda name: (-len(name), name))
+        return {name: _shifted(found[name], self._offsets[name][0]) for name in names}
+
     def _write(self) -> None:
-        whole = {name: merged([step[name] for step in self._steps]) for name in self._steps[-1]}
+        names = dict.fromkeys(name for step in self._steps for name in step)
+        whole = {name: merged([step[name] for step in self._steps if name in step]) for name in names}
         checks = whole.pop("verifiers").spans
         whole |= {f"verifier{number}": Record(lane, [], 0) for number, lane in enumerate(lanes(checks))}
         errors = {name: error / 1e3 for name, (_, error) in self._offsets.items() if error}

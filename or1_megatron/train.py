@@ -32,10 +32,10 @@ def train(config: Config, resume: Path | None = None) -> int:
     isolation = check_rewards(config.reward, [*chain(*inputs.sources), *inputs.held_out])
     folder = RunFolder.open(resume) if resume else RunFolder.create(config)
     found = newest(folder.checkpoints, inputs.architecture, group_sizes(config)) if resume else None
-    restarts = 0
+    restarts, stop = 0, Stop()
     while True:
         try:
-            _attempt(config, inputs, folder, found, isolation)
+            _attempt(config, inputs, folder, found, isolation, stop)
             return 0
         except WorkerDied as died:
             before, found = found, None
@@ -50,9 +50,10 @@ def train(config: Config, resume: Path | None = None) -> int:
             folder = RunFolder.open(folder.path)
 
 
-def _attempt(config: Config, inputs: Inputs, folder: RunFolder, found: Found | None, isolation: str) -> None:
+def _attempt(
+    config: Config, inputs: Inputs, folder: RunFolder, found: Found | None, isolation: str, stop: Stop
+) -> None:
     """From `found`, or the beginning, to the last step."""
-    stop = Stop()
     with (
         stop.installed(),
         Display(config.steps, config.name) as display,

@@ -103,6 +103,11 @@ class Group:
     def truncated(self) -> list[bool]:
         return [sample.truncated for sample in self.samples]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of its longest sequence."""
+        return len(self.prompt.tokens) + max(len(sample.tokens) for sample in self.samples)
+
 
 def group_as_dict(group: Group) -> dict[str, Any]:
     """Plain JSON types, exact; the prompt by its uid."""

@@ -8,7 +8,7 @@ others are left: they take over its prompts. Leaving the context ends every proc
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -199,9 +199,10 @@ class Cluster:
         results = self._workers.wait([r.call.remote(method, mine[i], **settings) for i, r in enumerate(self._ranks)])
         return [results[i] for i in self.dims.reporting_ranks()]
 
-    def ask(self, method: str, *args: Any, ranks: list[int] | None = None) -> dict[str, Any]:
-        """The answers of these ranks, or of every rank and engine, by name (rank0, engine0)."""
-        workers = [*self._ranks, *self._engines] if ranks is None else [self._ranks[rank] for rank in ranks]
+    def ask(self, method: str, *args: Any, ranks: Sequence[int] | None = None, engines: bool = True) -> dict[str, Any]:
+        """The answers of these ranks (None: of every one), and of every engine, by name (rank0, engine0)."""
+        asked = self._ranks if ranks is None else [self._ranks[rank] for rank in ranks]
+        workers = [*asked, *(self._engines if engines else [])]
         answers = self._workers.wait([getattr(worker, method).remote(*args) for worker in workers])
         return {self._workers.name(worker): answer for worker, answer in zip(workers, answers, strict=True)}
 

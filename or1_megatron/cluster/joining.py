@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
@@ -37,26 +41,39 @@ def enter(object_store_bytes: int) -> bool:
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        ray.init(
-            address="local",
-            num_cpus=1,
-            include_dashboard=False,
-            object_store_memory=object_store_bytes,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-        )
+        with _own_sigterm():
+            ray.init(
+                address="local",
+                num_cpus=1,
+                include_dashboard=False,
+                object_store_memory=object_store_bytes,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address="127.0.0.1",
+            )
         return False
     if ":" not in address:
         raise UserError(
             f"RAY_ADDRESS={address} names no cluster for certain: another's could answer; set host:port, or unset it"
         )
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        with _own_sigterm():
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         raise RunFailure(f"no Ray answers at RAY_ADDRESS={address}: {str(error).splitlines()[0]}") from None
     wait_until_whole(_number("OR1_RAY_NODES"), _number("OR1_RAY_GPUS"), _number("OR1_RAY_DEADLINE_S") or _DEADLINE_S)
     return True
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keeps this process's handler: ray.init puts one in its place that ends the process, and nothing is saved."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def nodes() -> list[Node]:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from or1_megatron.accuracy import held_out
 from or1_megatron.profiling.spans import IDLE
 from or1_megatron.report.plots import Bars, Block, Line, bar_plot, gantt, legend, line_plot
 from or1_megatron.report.rundata import RunData, decoding_curves, driver_spans, process_names
@@ -100,7 +101,7 @@ def _plot(
         if evaluations:
             colour = number if len(runs) > 1 else 1
             label = f"{run.name}: held out" if len(runs) > 1 else "held out"
-            lines.append(Line(label, run.held_out(), colour, dots=True))
+            lines.append(Line(label, held_out(run.evaluations), colour, dots=True))
     lines = [line for line in lines if line.points]
     picture = line_plot(title, lines, percent=percent, zero=zero, level=level)
     return _card(title, remark, picture, [(line.label, line.colour, line.dash) for line in lines])

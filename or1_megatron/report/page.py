@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
+from or1_megatron.accuracy import held_out
 from or1_megatron.report.advice import advice
 from or1_megatron.report.figures import Figure, figures, gantts
 from or1_megatron.report.plots import NUM_COLOURS
@@ -101,8 +102,8 @@ def _head(runs: Sequence[RunData]) -> str:
         ("seconds per step", f"{run.mean('seconds/step'):.1f}"),
         ("entropy", f"{run.steps[0].get('entropy/signal', 0):.3f} → {last.get('entropy/signal', 0):.3f}"),
     ]
-    if held_out := run.held_out():
-        found.insert(2, ("held out", f"{held_out[0][1]:.1%} → {held_out[-1][1]:.1%}"))
+    if accuracies := held_out(run.evaluations):
+        found.insert(2, ("held out", f"{accuracies[0][1]:.1%} → {accuracies[-1][1]:.1%}"))
     tiles = "".join(f"<div class='card'><span class='faint'>{name}</span><b>{value}</b></div>" for name, value in found)
     return f"<h1>{escape(run.name)}</h1><p class='faint'>{escape(told)}</p><div class='tiles'>{tiles}</div>"
 

@@ -64,13 +64,6 @@ class RunData:
         values = [value for _, value in self.series(name)]
         return statistics.fmean(values) if values else 0.0
 
-    def held_out(self) -> list[tuple[float, float]]:
-        """(step, avg@n at the first temperature)."""
-        points = [(row["step"], next(row[name] for name in row if _is_accuracy(name))) for row in self.evaluations]
-        if points and points[0][0] == 1:  # the evaluation before the first step stands in its line
-            points[0] = (0.0, points[0][1])
-        return points
-
     def hours(self) -> dict[str, float]:
         """Tables 7 and 8: total, rollout, update, others; and evaluation, which is in none of them."""
         found = {part: self.total(f"seconds/{part}") / 3600 for part in ("rollout", "update", "others", "evaluation")}
@@ -84,7 +77,7 @@ def read_run(path: str | Path) -> RunData:
     steps = [_with_others(row) for row in rows if "seconds/rollout" in row]
     if not steps:
         raise UserError(f"{path} has no finished step yet; a report needs one")
-    evaluations = [row for row in rows if any(map(_is_accuracy, row))]
+    evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
     run = RunData(folder.path.resolve().name, folder, steps, evaluations)
     _read_rollouts(run)
     file = folder.path / "trace.json"
@@ -92,10 +85,6 @@ def read_run(path: str | Path) -> RunData:
         trace = json.loads(file.read_text())
         run.trace, run.tail = trace, tail_of(trace)
     return run
-
-
-def _is_accuracy(name: str) -> bool:
-    return name.startswith("eval/") and "avg@" in name
 
 
 def _with_others(row: dict[str, Any]) -> dict[str, Any]:

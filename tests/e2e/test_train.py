@@ -239,6 +239,10 @@ def test_off_policy_and_resume(workplace: Path) -> None:
     assert [row["sgd_steps"] for row in metrics(run)[:2]] == [2, 2]
     assert [row["staleness"] for row in metrics(run)[:2]] == [0, 1]
     assert metrics(run)[0]["mismatch/max"] < 1e-3 < metrics(run)[1]["mismatch/max"]
+    # At the end of step 1 the engine decodes ahead and is not waited for; the trace has it nevertheless.
+    assert [sorted(row["idle"])[0] for row in metrics(run)[:2]] == ["rank0", "engine0"]
+    trace = json.loads((run / "trace.json").read_text())["traceEvents"]
+    assert sum(event["name"] == "generate" for event in trace) >= 3
     process = start(workplace, "--resume", str(run), "steps=3")
     output = finish(process)
     assert process.returncode == 0, output

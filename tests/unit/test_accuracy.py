@@ -7,7 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from or1_megatron.accuracy import Outcome, accuracy, estimate, pass_at_k
+from or1_megatron.accuracy import Outcome, accuracy, estimate, held_out, pass_at_k
 
 
 def outcome(correct: int, n: int = 4, length: int = 10, truncated: int = 0) -> Outcome:
@@ -51,3 +51,15 @@ def test_the_interval_covers_the_truth():
         value = estimate(draw.binomial(4, difficulty) / 4)
         hits += value.low <= 0.4 <= value.high
     assert 180 <= hits <= 198, hits
+
+
+def test_held_out_accuracies_stand_at_the_step_they_were_taken_after():
+    """The line of a step holds the evaluation before it, the last line that after the last step."""
+    step = {"seconds/step": 1.0}
+    rows = [
+        {"step": 1, "eval/avg@8": 0.1, "eval/pass@8": 0.2, **step},
+        {"step": 2, **step},
+        {"step": 3, "eval/T0.6/avg@8": 0.5, "eval/T1/avg@8": 0.4, **step},
+        {"step": 3, "eval/avg@8": 0.9},
+    ]
+    assert held_out(rows) == [(0, 0.1), (2, 0.5), (3, 0.9)]

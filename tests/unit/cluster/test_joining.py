@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from or1_megatron.cluster import joining
@@ -23,6 +26,24 @@ def test_a_count_that_is_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_addresses_sort_by_number() -> None:
     assert sorted(["10.0.0.10", "10.0.0.9"], key=joining._by_number) == ["10.0.0.9", "10.0.0.10"]
+
+
+KEPT = """
+import os, signal, time
+from or1_megatron.cluster import joining
+seen = []
+signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+joining.enter(1 << 27)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(0.1)
+assert seen == [signal.SIGTERM]
+joining.ray.shutdown()
+"""
+
+
+def test_the_handler_of_sigterm_stays() -> None:
+    """A run saves what it has upon SIGTERM; ray.init puts a handler of its own in its place."""
+    subprocess.run([sys.executable, "-c", KEPT], check=True, timeout=120)
 
 
 class Clock:
