@@ -217,29 +217,36 @@ class Case:
         self._process.join()
 
 
+def draw(quick: bool, emulated: bool) -> dict[str, list[Sequence]]:
+    """The sequences of each part; few and short ones where products are emulated."""
+    if emulated:
+        return {"mixed": sequences(mixed_lengths(6, 128)), "equal": sequences([128] * 4)}
+    if quick:
+        return {"mixed": sequences(mixed_lengths(6, 512))}
+    return {
+        "mixed": sequences(mixed_lengths(16, 512)),
+        "equal": sequences([256] * 8),
+        "groups": groups(4, 8, prompt=48, longest=48),
+    }
+
+
 def build(bench: Benchmark, quick: bool) -> None:
     model = fetch_smollm2(Path(__file__).parents[1] / ".cache" / "models")
     slow = device.slow_in_bf16()
     dtypes = ["fp32"] if quick and slow else ["bf16", "fp32"]
     if slow:
-        bench.note(f"bf16 {'left out' if quick else 'three times, without groups'}: this CPU emulates its products")
-    drawn = {"mixed": sequences(mixed_lengths(6 if quick else 16, 512))}
-    if not quick:
-        drawn["equal"] = sequences([256] * 8)
-        if device.use_transformer_engine("auto"):
-            bench.note("groups left out: TransformerEngine's attention knows no shared prompts")
-        else:
-            drawn["groups"] = groups(4, 8, prompt=48, longest=48)
-    for name, mine in drawn.items():
-        lengths = [len(s.tokens) for s in mine]
-        padded = sum(tokens.numel() for tokens, _, _ in map(HuggingFace._batch, HuggingFace._fill(mine)))
-        told = f"{len(mine)} sequences, {sum(lengths)} tokens, {min(lengths)} to {max(lengths)}"
-        bench.note(f"{name}: {told}; padded {padded}")
-        for dtype in dtypes[:1] if quick else dtypes:
-            emulated = dtype == "bf16" and slow
-            if emulated and name == "groups":
+        bench.note(f"bf16 {'left out' if quick else 'with few tokens, three times'}: this CPU emulates its products")
+    for dtype in dtypes[:1] if quick else dtypes:
+        emulated = dtype == "bf16" and slow
+        for name, mine in draw(quick, emulated).items():
+            if name == "groups" and device.use_transformer_engine("auto"):
+                bench.note("groups left out: TransformerEngine's attention knows no shared prompts")
                 continue
-            part = partial(_compare, bench, name, dtype, model, mine, profiled=not quick)
+            lengths = [len(s.tokens) for s in mine]
+            padded = sum(tokens.numel() for tokens, _, _ in map(HuggingFace._batch, HuggingFace._fill(mine)))
+            told = f"{len(mine)} sequences, {sum(lengths)} tokens, {min(lengths)} to {max(lengths)}"
+            bench.note(f"{name} {dtype}: {told}; padded {padded}")
+            part = partial(_compare, bench, name, dtype, model, mine, profiled=not (quick or emulated))
             bench.part(part, rounds=3 if emulated else 7)
 
 
