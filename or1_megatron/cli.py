@@ -15,6 +15,14 @@ from or1_megatron.arguments import build_parser
 from or1_megatron.commands import COMMANDS
 from or1_megatron.errors import RunFailure, StopRequested, UserError
 
+_UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.ENAMETOOLONG,
+)  # a file or folder of the user's
+
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     """argparse takes no further words behind an option that follows the first ones: RECIPE --dry-run key=value."""
@@ -49,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
         print("or1: stopped", file=sys.stderr)
         return StopRequested.exit_code
     except OSError as error:
+        if error.errno in _UNUSABLE and error.filename:
+            print(f"or1: error: {error.filename}: {error.strerror}", file=sys.stderr)
+            return UserError.exit_code
         if error.errno != errno.ENOSPC:
             raise
         place = f" at {error.filename}" if error.filename else ""

@@ -76,7 +76,7 @@ def gather() -> Facts:
     runs = _nearest_existing(Path(Config.runs_dir).absolute())
     return Facts(
         python=sys.version_info[:2],
-        packages={item.name.lower().replace("_", "-"): item.version for item in metadata.distributions()},
+        packages={item.name.lower().replace("_", "-"): item.version for item in metadata.distributions() if item.name},
         num_gpus=device.num_devices(),
         gpu_name=device.device_name(),
         num_cores=len(os.sched_getaffinity(0)),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from or1_megatron.architecture import Architecture, check_degrees, read_architecture
 from or1_megatron.config import Config
-from or1_megatron.data.prompts import Difficulty, load_prompts, load_tokenizer
+from or1_megatron.data.prompts import Difficulty, check_names, load_prompts, load_tokenizer
 from or1_megatron.errors import UserError
 from or1_megatron.parallel.device import has_cuda, use_transformer_engine
 from or1_megatron.parallel.megatron_files import open_weights
@@ -50,6 +50,7 @@ def check_inputs(config: Config) -> Inputs:
     tokenizer = load_tokenizer(config.model.path, architecture)
     if not config.data.train:
         raise UserError("data.train is empty; name at least one problem file")
+    check_names(config.data.train)
     context, suffix = min(contexts), config.data.instruction_suffix
     files = [[name] for name in config.data.train] if config.data.weights else [config.data.train]
     data = config.data

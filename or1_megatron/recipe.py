@@ -61,10 +61,14 @@ def from_tree(layers: list[tuple[str, dict]]) -> Config:
         except OmegaConfBaseException as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{origin}: {getattr(error, 'full_key', '') or 'value'}: {reason}") from None
-    missing = sorted(OmegaConf.missing_keys(merged))
+    try:  # ${...} is put in here
+        missing = sorted(OmegaConf.missing_keys(merged))
+        config = None if missing else OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{layers[-1][0]}: {getattr(error, 'full_key', '') or 'value'}: {reason}") from None
     if missing:
         raise UserError(f"{layers[0][0]}: {', '.join(missing)} must be set")
-    config = OmegaConf.to_object(merged)
     assert isinstance(config, Config)
     validate(config)
     return config

@@ -55,8 +55,8 @@ def evaluate(
         out = out or Path(config.runs_dir) / f"eval-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.parquet"
         if out.exists():
             raise UserError(f"--out {out} exists; choose another")
+        out.parent.mkdir(parents=True, exist_ok=True)  # before the answers, which may take hours
         tables = _answer_all(config, sets)
-    out.parent.mkdir(parents=True, exist_ok=True)
     with published(out) as temporary:
         parquet.write_table(pyarrow.concat_tables(tables), temporary)
     print(f"responses: {out}")

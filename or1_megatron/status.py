@@ -172,5 +172,8 @@ def _ask(*words: str) -> str | None:
     """What a command of Slurm's prints; None where it fails or is not there."""
     if shutil.which(words[0]) is None:
         return None
-    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    try:
+        done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return None
     return done.stdout if done.returncode == 0 else None

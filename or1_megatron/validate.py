@@ -49,6 +49,11 @@ def validate(config: Config) -> None:
     temperatures = config.evaluation.temperatures
     if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
         raise UserError(f"evaluation.temperatures={temperatures} must hold different numbers, 0 or more, at least one")
+    if 0 in temperatures and config.evaluation.num_samples > 1:
+        raise UserError(
+            f"evaluation.temperatures={temperatures}: at 0 every response is the same; use "
+            f"evaluation.num_samples=1 instead of {config.evaluation.num_samples}, or a temperature above 0"
+        )
     stale = "rollout.overlap=true" if rollout.overlap else "rollout.refill=expected"
     if (rollout.overlap or rollout.refill == "expected") and loss.old_log_probs != "engine" and not loss.importance_cap:
         raise UserError(
@@ -79,6 +84,9 @@ def _validate_stages(config: Config) -> None:
             raise UserError(
                 f"stages: stage {number} ends with until={end}, not after step {before}; steps must increase"
             )
+    negative = [stage.patience for stage in config.stages if stage.patience < 0]
+    if negative:
+        raise UserError(f"stages: patience={negative[0]} must be 0 or more steps")
     if config.steps > ends[-1]:
         raise UserError(
             f"steps={config.steps} is above until={ends[-1]} of the last stage; use at most that, or a later until"

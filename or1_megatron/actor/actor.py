@@ -151,9 +151,11 @@ class MegatronActor:
         )
         with self._spans.span("forward_backward"):
             outputs = self._schedule(micro_batches, loss, forward_only=False)
+        wanted = self.config.optimizer
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            group["weight_decay"] = self.config.optimizer.weight_decay * group["wd_mult"]
+            group["lr"] = lr  # these also where a resume has changed them
+            group["betas"], group["eps"] = (wanted.beta1, wanted.beta2), wanted.eps
+            group["weight_decay"] = wanted.weight_decay * group["wd_mult"]
         with self._spans.span("optimizer"):
             outcome: Any = self.optimizer.step()
         applied, grad_norm, _ = outcome

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,8 @@ class Difficulty:
     largest: int
 
     def holds(self, place: str, row: dict[str, Any]) -> bool:
-        known = (row.get("extra_info") or {}).get("model_difficulty")
+        info = row.get("extra_info")
+        known = info.get("model_difficulty") if isinstance(info, dict) else None
         value = known.get(self.model) if isinstance(known, dict) else None
         if not isinstance(value, int | float):
             names = f"; it has {', '.join(known)}" if isinstance(known, dict) else ""
@@ -74,6 +75,7 @@ def load_prompts(
 
     Raises UserError naming file and line (or row) of the first bad one, and a file of which nothing is left.
     """
+    check_names(files)
     prompts = []
     for name in files:
         path = Path(name)
@@ -85,6 +87,16 @@ def load_prompts(
             raise UserError(f"problem file {path} {none}")
         prompts += found
     return prompts
+
+
+def check_names(files: Sequence[str]) -> None:
+    """Raises UserError for two files of one name: a problem's uid is its file's name and its row."""
+    first: dict[str, str] = {}
+    for file in files:
+        other = first.setdefault(Path(file).name, file)
+        if other != file:
+            raise UserError(f"problem files {other} and {file} have the same name, by which problems are told apart; "
+                            "rename one")  # fmt: skip
 
 
 def prompts_of(
@@ -156,7 +168,7 @@ def _text(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase, instructi
     well_formed = (
         isinstance(prompt, list)
         and prompt
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+        and all(isinstance(m, dict) and "role" in m and isinstance(m.get("content"), str) for m in prompt)
     )
     if not well_formed:
         raise UserError(f"{place}: prompt={str(prompt)[:60]!r} is neither a string nor a list of role/content messages")

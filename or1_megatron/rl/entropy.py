@@ -46,5 +46,7 @@ class EntropyController:
         return {"coefficient": self.coefficient, "next": self._next, "lagging": self._lagging}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
+        if self._rule == "fixed":
+            return  # what the configuration says, also where a resume has changed it
         self.coefficient, self._next = state["coefficient"], state["next"]
         self._lagging = state["lagging"]

@@ -81,6 +81,7 @@ def test_user_errors_are_one_line_and_exit_2(words: list[str], message: str, cap
         (StopRequested("saved step 4"), 130, "or1: stopped: saved step 4\n"),
         (KeyboardInterrupt(), 130, "or1: stopped\n"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"), 2, "the disk is full at runs/x; free some space"),
+        (PermissionError(errno.EACCES, os.strerror(errno.EACCES), "m/x"), 2, "or1: error: m/x: Permission denied\n"),
     ],
 )
 def test_each_ending_has_its_code(

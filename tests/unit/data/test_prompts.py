@@ -56,6 +56,7 @@ def test_parquet_equals_jsonl(tmp_path: Path, tokenizer) -> None:
         ("[1]", "line 2 holds a list"),
         ({"prompt": "x"}, "line 2: reward_model.ground_truth=None"),
         ({"reward_model": {"ground_truth": "1"}}, "line 2: prompt='None' is neither"),
+        ({"prompt": [{"role": "user", "content": None}]}, "line 2: prompt=.* is neither"),
         ({"prompt": "x", "reward_model": {"ground_truth": ""}}, "line 2: reward_model.ground_truth=''"),
         ({"prompt": "x" * 80, "reward_model": {"ground_truth": "1"}}, "line 2: the prompt has 80 tokens"),
     ],
@@ -75,6 +76,15 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer) -> None:
     ]:
         with pytest.raises(UserError, match=message):
             load_prompts(files, tokenizer, context_length=64)
+
+
+def test_files_of_one_name_are_refused(tmp_path: Path, tokenizer) -> None:
+    """Their problems would have the same uids."""
+    for name in ("math", "code"):
+        (tmp_path / name).mkdir()
+    files = [*write(tmp_path / "math" / "train.jsonl", GOOD), *write(tmp_path / "code" / "train.jsonl", GOOD)]
+    with pytest.raises(UserError, match=r"math/train.jsonl and .*code/train.jsonl have the same name"):
+        load_prompts(files, tokenizer, context_length=64)
 
 
 def test_tokenizer_larger_than_the_model_is_refused(model: Path, tmp_path: Path) -> None:

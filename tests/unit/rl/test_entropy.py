@@ -44,6 +44,12 @@ def test_upper_clamp():
     assert [controller.alpha(0.1) for _ in range(5)] == pytest.approx([0.0, 0.005, 0.01, 0.012, 0.012])
 
 
+def test_a_fixed_coefficient_is_the_configurations_after_a_resume():
+    before, after = make("fixed", initial=0.001), make("fixed", initial=0.003)
+    after.load_state_dict(before.state_dict())
+    assert after.alpha(0.1) == 0.003
+
+
 def test_initial_is_the_first_coefficient():
     assert make(initial=0.003).alpha(0.1) == 0.003
 
