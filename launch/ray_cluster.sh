@@ -25,12 +25,15 @@ on() { # HOST SCRIPT WORDS...: runs a bash script on a host, whose shell takes t
   $SSH -o BatchMode=yes -o ConnectTimeout=10 "$host" "bash -s -- $(printf '%q ' "$@")" <<<"$script"
 }
 
-# Only what was started here: the pid in STATE, if it is still that Ray.
+# Only what was started here: the group of the pid in STATE, unless that pid is another process by now. A start that
+# failed early left no pid.
 # shellcheck disable=SC2016  # expanded on the host
-STOP='pid=$(cat "$1/pid" 2>/dev/null) || exit 0
-grep -qa "ray.scripts.scripts" "/proc/$pid/cmdline" 2>/dev/null && kill -TERM -- "-$pid"
-for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 -- "-$pid" 2>/dev/null || break; sleep 1; done
-kill -KILL -- "-$pid" 2>/dev/null
+STOP='if pid=$(cat "$1/pid" 2>/dev/null) &&
+  { [ ! -e "/proc/$pid" ] || grep -qa "ray.scripts.scripts" "/proc/$pid/cmdline"; }; then
+  kill -TERM -- "-$pid" 2>/dev/null
+  for _ in 1 2 3 4 5 6 7 8 9 10; do kill -0 -- "-$pid" 2>/dev/null || break; sleep 1; done
+  kill -KILL -- "-$pid" 2>/dev/null
+fi
 rm -rf "$1"'
 
 stop() { # HOST...

@@ -46,14 +46,7 @@ def validate(config: Config) -> None:
             f"data.weights={weights} must hold one number above 0 for each of the {len(config.data.train)} files of "
             "data.train"
         )
-    temperatures = config.evaluation.temperatures
-    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
-        raise UserError(f"evaluation.temperatures={temperatures} must hold different numbers, 0 or more, at least one")
-    if 0 in temperatures and config.evaluation.num_samples > 1:
-        raise UserError(
-            f"evaluation.temperatures={temperatures}: at 0 every response is the same; use "
-            f"evaluation.num_samples=1 instead of {config.evaluation.num_samples}, or a temperature above 0"
-        )
+    _validate_temperatures(config)
     stale = "rollout.overlap=true" if rollout.overlap else "rollout.refill=expected"
     if (rollout.overlap or rollout.refill == "expected") and loss.old_log_probs != "engine" and not loss.importance_cap:
         raise UserError(
@@ -74,6 +67,17 @@ def validate(config: Config) -> None:
         raise UserError(f"rollout.max_generated_factor={rollout.max_generated_factor} must be at least 1")
     if not 0 < rollout.top_p <= 1:
         raise UserError(f"rollout.top_p={rollout.top_p} must be in (0, 1]")
+
+
+def _validate_temperatures(config: Config) -> None:
+    temperatures = config.evaluation.temperatures
+    if not temperatures or min(temperatures) < 0 or len(set(temperatures)) < len(temperatures):
+        raise UserError(f"evaluation.temperatures={temperatures} must hold different numbers, 0 or more, at least one")
+    if 0 in temperatures and config.evaluation.num_samples > 1:
+        raise UserError(
+            f"evaluation.temperatures={temperatures}: at 0 every response is the same; use "
+            f"evaluation.num_samples=1 instead of {config.evaluation.num_samples}, or a temperature above 0"
+        )
 
 
 def _validate_stages(config: Config) -> None:

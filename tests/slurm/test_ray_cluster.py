@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import os
 import subprocess
 import sys
@@ -22,13 +23,20 @@ def test_start_waits_for_every_gpu_and_stop_leaves_nothing(slurm: SlurmCluster, 
     inside = {name: " ".join(slurm.inside(name)) for name in ("node1", "node2")}
     settings = {**inside, "SSH": str(ssh), "PYTHON": sys.executable, "GPUS": "8", "PORT": "7379"}
 
-    def script(*words: str) -> subprocess.CompletedProcess[str]:
+    def script(*words: str, **changed: str) -> subprocess.CompletedProcess[str]:
         command = [REPOSITORY / "launch" / "ray_cluster.sh", *words]
-        return subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=200, env={**os.environ, **settings,
-                                                                                   "OBJECT_STORE_GB": "1"}
-        )  # fmt: skip
+        environment = {**os.environ, **settings, "OBJECT_STORE_GB": "1", **changed}
+        return subprocess.run(command, check=False, capture_output=True, text=True, timeout=200, env=environment)
 
+    failed = script("start", "node1", "node2", PYTHON="/nowhere")
+    assert failed.returncode != 0 and "no Python at /nowhere" in failed.stderr
+    # A Ray that ended long ago, whose pid is another process now, the first of its group.
+    state = f"/tmp/or1-ray-{getpass.getuser()}-7379"
+    there = [*slurm.inside("node1"), "bash", "-c"]
+    stranger = f"setsid sleep 300 >/dev/null 2>&1 & echo $! | tee {state}/pid"
+    pid = subprocess.run([*there, stranger], check=True, capture_output=True, text=True).stdout.strip()
+    assert script("stop", "node1", "node2").returncode == 0
+    subprocess.run([*there, f"test ! -e {state} && kill -KILL {pid}"], check=True)
     try:
         done = script("start", "node1", "node2")
         assert done.returncode == 0 and "Ray has 2 nodes with 16 GPUs" in done.stdout, done.stdout + done.stderr
