@@ -15,13 +15,8 @@ from or1_megatron.arguments import build_parser
 from or1_megatron.commands import COMMANDS
 from or1_megatron.errors import RunFailure, StopRequested, UserError
 
-_UNUSABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.ENAMETOOLONG,
-)  # a file or folder of the user's
+# Of a file or folder that the user named.
+_UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -67,12 +67,12 @@ def enter(object_store_bytes: int) -> bool:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keeps this process's handler: ray.init puts one in its place that ends the process, and nothing is saved."""
+    """Keeps this process's handler, if it has one: ray.init's ends the process, and a run would save nothing."""
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if threading.current_thread() is threading.main_thread():
+        if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)
 
 
