@@ -20,6 +20,8 @@ from or1_megatron.rollout.engine import SamplingSpec
 from or1_megatron.rollout.schedule import LengthHistory, whole_groups
 from or1_megatron.types import Group, Prompt, Sample, Verdict
 
+_ABANDON_S = 30.0
+
 
 @dataclass
 class Rollout:
@@ -102,6 +104,12 @@ class RolloutAhead:
         if isinstance(self._outcome, BaseException):
             raise self._outcome
 
+    def abandon(self) -> None:
+        """Waits for the end of a rollout that was told to stop, and forgets it."""
+        if self._thread is not None:
+            self._thread.join(_ABANDON_S)
+        self._thread = self._outcome = None
+
     def take(self) -> Rollout | None:
         """The rollout that was started; None when none was."""
         self.wait()
@@ -116,10 +124,12 @@ def fill(
     """Rolls out what the surplus of earlier steps leaves of rollout_batch_size, and refills up to the refill bound.
 
     answer: scored groups of these prompts, in their order. At most half of a step is carried over; what is more waits
-    for the step after. Which groups are left over follows from the order of the prompts, never from who finished first.
+    for the step after, and what is too long for a new stage is dropped. Which groups are left over follows from the
+    order of the prompts, never from who finished first.
     """
     wanted = config.rollout.rollout_batch_size
     limit = int(wanted * config.rollout.max_generated_factor)
+    carried = [group for group in carried if group.longest <= config.rollout.context_length]
     used = carried[: wanted // 2]
     rollout = Rollout(kept=list(used), num_carried=len(used))
     missing = wanted - len(used)

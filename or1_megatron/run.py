@@ -82,8 +82,6 @@ class Run:
                 self.stages.dropped = sorted({*self.stages.dropped, *newly})
                 self.stream.drop(self.stages.dropped)
                 self.display.message(f"{len(newly)} problems solved in the stage before are dropped")
-            context = self.stages.config.rollout.context_length
-            self.carried = [group for group in self.carried if group.longest <= context]
             if self.config.entropy.at_stage == "reset":
                 self.controller = entropy_controller(self.config)
             self.display.message(self.stages.describe())
@@ -139,6 +137,12 @@ class Run:
         self.evaluator.history = held_out(self.folder.read_metrics())
         self.folder.save_config(self.config)
         self.display.message(f"resumed after step {self.state.step}")
+
+    def close(self) -> None:
+        """A rollout under way must not outlive the cluster: its thread would wake Ray anew."""
+        self.cluster.stop_requested = lambda: True
+        self._ahead.abandon()
+        self.folder.close()
 
     def save_if_due(self, step: int) -> None:
         """Begins a checkpoint when one is due; makes the one before visible as soon as it is written."""

@@ -159,10 +159,15 @@ class Cluster:
             self.message(f"{names} died; {len(orphans)} prompts go to the {n} engines left")
             return ask([orphans[i::n] for i in range(n)])
 
-        for engine, group in self._workers.drain(ask(shares), stopped=self.stop_requested, replace=ask_others):
-            uids = [prompt.uid for prompt in left[engine]]
-            del left[engine][uids.index(group.prompt.uid)]
-            yield group
+        streams = ask(shares)
+        with self._workers.tending(self._engines):
+            for engine, group in self._workers.drain(streams, stopped=self._stopped, replace=ask_others):
+                uids = [prompt.uid for prompt in left[engine]]
+                del left[engine][uids.index(group.prompt.uid)]
+                yield group
+
+    def _stopped(self) -> bool:
+        return self.stop_requested()  # which may be another one by then
 
     def push_weights(self, version: int) -> None:
         """Actor weights -> every engine, bucket by bucket; the engines' next samples carry `version`."""

@@ -1,13 +1,16 @@
 """The run's processes as Ray sees them: answers awaited with an eye on all of them, and who died when one did.
 
 Whoever waits also pings every process, so the death of an idle one is noticed within seconds. One that lives but brings
-nothing until the deadline counts as dead: a collective that hangs, a file system that no longer answers.
+nothing until the deadline counts as dead: a collective that hangs, a file system that no longer answers. While a thread
+tends some of them, as that of a rollout under way tends the engines, the others do not look after these.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,8 @@ class Workers:
         self._deadline_s = deadline_s
         self._logs: dict[Any, Path] = {}
         self._pings: dict[Any, Any] = {}
-        self._last_ping = 0.0
+        self._pinged: dict[Any, float] = {}  # when
+        self._tended: dict[Any, int] = {}  # by which thread
 
     def add(self, worker: Any, log: Path) -> None:
         self._logs[worker] = log
@@ -42,6 +46,22 @@ class Workers:
         self._pings.pop(worker, None)
         return self._logs.pop(worker).stem
 
+    @contextmanager
+    def tending(self, workers: Sequence[Any]) -> Iterator[None]:
+        """Meanwhile only this thread is told when one of these dies."""
+        mine = dict.fromkeys(workers, threading.get_ident())
+        self._tended |= mine
+        try:
+            yield
+        finally:
+            for worker in mine:
+                self._tended.pop(worker, None)
+
+    def _mine(self) -> list[Any]:
+        """All but those that another thread tends."""
+        me = threading.get_ident()
+        return [worker for worker in list(self._logs) if self._tended.get(worker, me) == me]
+
     def wait(self, refs: list[Any]) -> list[Any]:
         """Results in order; the first failure of any of them, or of any other worker, ends the wait."""
         pending, last = list(refs), time.monotonic()
@@ -51,7 +71,7 @@ class Workers:
             for ref in done:
                 self._get(ref)
             self._heartbeat()
-            self._raise_if_late(last)
+            self._raise_if_late(last, self._mine())
         return [self._get(ref) for ref in refs]
 
     def drain(
@@ -74,7 +94,7 @@ class Workers:
             last = time.monotonic() if ready else last
             try:
                 self._heartbeat()
-                self._raise_if_late(last)
+                self._raise_if_late(last, list(pending.values()))
                 for stream in ready:
                     try:
                         ref = next(stream)
@@ -90,10 +110,11 @@ class Workers:
                 last = time.monotonic()
 
     def _heartbeat(self) -> None:
-        if time.monotonic() - self._last_ping < _PING_INTERVAL_S:
-            return
-        self._last_ping = time.monotonic()
-        for worker in list(self._logs):
+        now = time.monotonic()
+        for worker in self._mine():
+            if now - self._pinged.get(worker, 0.0) < _PING_INTERVAL_S:
+                continue
+            self._pinged[worker] = now
             ping = self._pings.get(worker)
             if ping is not None:
                 if not ray.wait([ping], timeout=0)[0]:
@@ -115,19 +136,19 @@ class Workers:
 
     def _raise_if_dead(self) -> None:
         """Names those that died: a peer's broken connection is often reported before the death itself."""
-        dead, _ = self._unanswering()
+        dead, _ = self._unanswering(self._mine())
         if dead:
             raise self._died(dead, "died") from None
 
-    def _raise_if_late(self, last: float) -> None:
+    def _raise_if_late(self, last: float, awaited: list[Any]) -> None:
         if time.monotonic() - last > self._deadline_s:
-            dead, busy = self._unanswering()
+            dead, busy = self._unanswering(awaited)
             silent = f"brought nothing for {self._deadline_s / 60:g} minutes (deadline_minutes)"
-            raise self._died(dead or busy or list(self._logs), "died" if dead else silent)
+            raise self._died(dead or busy or awaited, "died" if dead else silent)
 
-    def _unanswering(self) -> tuple[list[Any], list[Any]]:
+    def _unanswering(self, asked: list[Any]) -> tuple[list[Any], list[Any]]:
         """The dead, and those too busy to answer a ping within three seconds."""
-        pings = {worker: worker.ping.remote() for worker in self._logs}
+        pings = {worker: worker.ping.remote() for worker in asked}
         deadline = time.monotonic() + 3.0
         dead, busy = [], []
         for worker, ping in pings.items():

@@ -315,9 +315,11 @@ def test_a_dead_process_ends_the_run(workplace: Path) -> None:
 
 
 def test_a_dead_rank_is_survived(workplace: Path) -> None:
-    """All processes start anew from the newest checkpoint; what was done since then is done again."""
+    """All processes start anew from the newest checkpoint, with nothing left of the rollout that was under way; what
+    was done since then is done again."""
     run = workplace / "run-survives"
     options = ["parallel.num_ranks=2", "save_interval=2", "max_restarts=1", "evaluation.files=[]"]
+    options += ["rollout.overlap=true", "loss.old_log_probs=engine"]
     process = start(workplace, "recipe.yaml", f"run_dir={run}", "steps=7", *options)
     wait_for_steps(run, 3, process)
     kill(run, "rank1", process)

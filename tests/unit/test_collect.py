@@ -122,6 +122,30 @@ def test_more_than_half_a_step_waits():
     assert rollout.kept[:2] == carried[:2] and rollout.num_carried == 2 and rollout.surplus[:3] == carried[2:]
 
 
+def test_what_a_stage_has_no_room_for_is_not_carried_over():
+    carried = Policy()(PROMPTS[:5])
+    carried[1].samples[0].tokens = np.arange(200)
+    shorter = config(rollout_batch_size=4, context_length=128)
+    rollout = fill(shorter, Policy(), PromptMixture([PROMPTS], [1.0], 0), carried)
+    assert rollout.kept[:2] == [carried[0], carried[2]] and rollout.surplus[:2] == carried[3:]
+
+
+def test_a_rollout_that_was_told_to_stop_is_waited_for():
+    ahead, free = RolloutAhead(), threading.Event()
+
+    def sample() -> Rollout:
+        assert free.wait(10)
+        time.sleep(0.1)
+        ended.append(1)
+        raise RunFailure("stopped")
+
+    ended: list[int] = []
+    ahead.start(sample)
+    free.set()
+    ahead.abandon()
+    assert ended and not ahead.under_way and ahead.take() is None
+
+
 def test_a_rollout_ahead_is_taken_once_and_its_failure_is_raised():
     ahead, rollout, free = RolloutAhead(), Rollout(), threading.Event()
     assert ahead.take() is None
