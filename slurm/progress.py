@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import time
 from pathlib import Path
 
@@ -14,6 +16,19 @@ def newest_checkpoint(run: Path) -> int:
     """Step of the newest complete checkpoint; -1: none."""
     found = [path.parent.name for path in (run / "checkpoints").glob("step-*/driver.json")]
     return max((int(name.rpartition("-")[2]) for name in found), default=-1)
+
+
+def driven(run: Path) -> bool:
+    """Whether the driver of another job is at this run; see RunFolder.driven."""
+    lock = run / "driver.lock"
+    try:
+        with lock.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return f'"{os.environ.get("SLURM_JOB_ID", "")}"]' not in lock.read_text()
+    except OSError:
+        return False
+    return False
 
 
 def metrics(run: Path) -> list[dict]:
@@ -32,7 +47,7 @@ def command(run: Path, attempt: Path, job: dict) -> list[str]:
         return [job["python"], job["program"], *job["overrides"]]
     train = [job["python"], "-m", "or1_megatron", "train"]
     stage = [f"steps={job['steps']}"] if job["steps"] else []
-    if newest_checkpoint(run) >= 0:
+    if newest_checkpoint(run) >= 0 or driven(run):  # which says by whom, and ends
         return [*train, "--resume", str(run), *stage]
     left = [path for path in run.iterdir() if path.name != "slurm"]
     if left:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -194,3 +195,43 @@ def test_metrics_also_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder.close()
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"reward/mean" in file.read_bytes()
+
+
+HOLD = """
+import sys
+from or1_megatron.runfolder import RunFolder
+
+with RunFolder.open(sys.argv[1]).driven():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_one_driver_at_a_time(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path))
+    command = [sys.executable, "-c", HOLD, str(run.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=rf"belongs to process {other.pid} on .*; wait for its end, or remove "):
+            run.driven().__enter__()
+        other.kill()
+    with run.driven():
+        assert json.loads((run.path / "driver.lock").read_text())[1] == os.getpid()
+
+
+@pytest.mark.parametrize("job", ["71", "72"])
+def test_a_driver_of_another_host_is_waited_for(
+    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """What its node left locked is forgotten by the file server at some time; a job that comes again need not wait."""
+    run = RunFolder.create(make_config(tmp_path))
+    with ExitStack() as stack, monkeypatch.context() as there:
+        there.setenv("SLURM_JOB_ID", "71")
+        there.setattr("platform.node", lambda: "node3")
+        stack.enter_context(run.driven())
+        there.undo()
+        monkeypatch.setattr("or1_megatron.runfolder.time.sleep", lambda _: stack.close())
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+        with run.driven():
+            said = capsys.readouterr().err
+    assert ("waiting for process" in said and "on node3 of job 71" in said) == (job == "72")

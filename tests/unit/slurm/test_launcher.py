@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import fcntl
 import importlib.util
 import json
 import shutil
@@ -84,8 +85,9 @@ def test_gpus_of_a_node() -> None:
 JOB = {"program": "", "python": "python3", "recipe": "recipe.yaml", "overrides": [], "steps": ""}
 
 
-def test_what_the_driver_is(tmp_path: Path) -> None:
+def test_what_the_driver_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """New; with what a run left that never saved moved aside; from the newest complete checkpoint."""
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     run, attempt = tmp_path / "run", tmp_path / "run" / "slurm" / "job-1" / "attempt-1"
     attempt.mkdir(parents=True)
     new = ["python3", "-m", "or1_megatron", "train", f"{run}/slurm/recipe.yaml", f"run_dir={run}"]
@@ -95,6 +97,14 @@ def test_what_the_driver_is(tmp_path: Path) -> None:
     assert progress.command(run, attempt, JOB) == new
     assert [path.name for path in run.iterdir()] == ["slurm"]
     assert (attempt / "before" / "metrics.jsonl").is_file()
+    with (run / "driver.lock").open("w") as lock:
+        lock.write('["node3", 5, "71"]')
+        lock.flush()
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert progress.command(run, attempt, JOB)[-2:] == ["--resume", str(run)], "another job's, not to be moved"
+        monkeypatch.setenv("SLURM_JOB_ID", "71")
+        assert not progress.driven(run), "its own, which is gone"
+    assert not progress.driven(run)
     for step in (9, 10):
         (run / "checkpoints" / f"step-{step:06d}").mkdir(parents=True)
     (run / "checkpoints" / "step-000009" / "driver.json").write_text("{}")
@@ -169,3 +179,20 @@ def test_only_what_carries_the_mark_is_ended(tmp_path: Path, monkeypatch: pytest
     finally:
         others.kill()
         others.wait()
+
+
+def test_a_chain_that_is_refused_half_way_leaves_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    submit, said = load("submit"), []
+
+    def sbatch(*words: str) -> str:
+        said.append(words)
+        if len(said) == 3:
+            raise submit.Refused("sbatch: job limit reached")
+        return str(70 + len(said))
+
+    monkeypatch.setattr(submit, "sbatch", sbatch)
+    monkeypatch.setattr(submit.site_limits, "ask", lambda *words: said.append(words))
+    with pytest.raises(submit.Refused, match="job limit"):
+        submit.submit(tmp_path / "train.sbatch", [5, 9, 12])
+    assert "--dependency=afterok:71" in said[1] and said[-1] == ("scancel", "71", "72")
