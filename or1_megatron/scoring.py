@@ -6,6 +6,7 @@ import dataclasses
 import os
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ from or1_megatron.reward.preflight import check_rewards
 from or1_megatron.reward.service import RewardService
 from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Prompt
-from or1_megatron.verify import read_rows
+from or1_megatron.verify import read_rows, score_rows
 
 LONGEST_CONTEXT = 32_768  # of a model given without a recipe (8.1); less where the model has fewer positions
 
@@ -131,10 +132,9 @@ def rescore(file: Path, config: RewardConfig, out: Path | None = None) -> None:
     """
     rows = read_rows(file)
     table = parquet.read_table(file) if file.suffix == ".parquet" else None
-    if table is None or not {"uid", "length", "truncated", "verdict", "reward"} <= set(table.column_names):
+    if table is None or not {"uid", "index", "length", "truncated", "verdict", "reward"} <= set(table.column_names):
         raise UserError(f"{file} is no file of `or1 eval` or of a run's rollouts/; `or1 verify` scores any responses")
-    with RewardService(config) as service:
-        verdicts = [future.result() for future in [service.submit(row.task) for row in rows]]
+    verdicts, _ = score_rows(rows, config)
     before = table["verdict"].to_pylist()
     new = {
         "verdict": [verdict.name for verdict in verdicts],
@@ -151,11 +151,16 @@ def rescore(file: Path, config: RewardConfig, out: Path | None = None) -> None:
 
 
 def report_lines(table: pyarrow.Table) -> list[str]:
-    """Accuracy per benchmark and temperature, as far as the table has these columns."""
+    """Accuracy per benchmark and temperature, as far as the table has these columns. Raises UserError."""
     kinds = [name for name in ("benchmark", "temperature", "step") if name in table.column_names]
-    sets: dict[tuple, dict[str, list[dict]]] = {}
-    for row in table.select([*kinds, "uid", "length", "truncated", "verdict"]).to_pylist():
-        sets.setdefault(tuple(row[kind] for kind in kinds), {}).setdefault(row["uid"], []).append(row)
+    sets: dict[tuple, dict[tuple[str, int], list[dict]]] = {}
+    seen: Counter[tuple] = Counter()
+    for row in table.select([*kinds, "uid", "index", "length", "truncated", "verdict"]).to_pylist():
+        labels = tuple(row[kind] for kind in kinds)
+        response = labels, row["uid"], row["index"]
+        # A step may deal a problem twice: two groups then, as the run counted them.
+        sets.setdefault(labels, {}).setdefault((row["uid"], seen[response]), []).append(row)
+        seen[response] += 1
     lines = []
     for labels, problems in sets.items():
         outcomes = [
@@ -171,6 +176,8 @@ def report_lines(table: pyarrow.Table) -> list[str]:
         if not outcomes:
             lines.append(f"{label}: no problem could be checked")
             continue
+        if len(sizes := {outcome.num_responses for outcome in outcomes}) > 1:
+            raise UserError(f"{label}: problems have {min(sizes)} to {max(sizes)} responses; avg@n wants n of each")
         found = accuracy(outcomes)
         lines.append(f"{label}: {found.num_problems} problems x {found.num_samples} responses")
         lines += ["  " + line for line in found.lines()]

@@ -33,18 +33,20 @@ class JobState:
 
 
 def find_run(target: str) -> Path:
-    """The run folder of a path or of a job id. Raises UserError when there is none."""
+    """The run folder of a path or of a job id: 12, or 12_3 of an array. Raises UserError when there is none."""
     path = Path(target)
     if path.is_dir():
         if (path / "config.yaml").is_file() or (path / "slurm" / "job.json").is_file():
             return path
         raise UserError(f"{path} is no run folder: it holds neither config.yaml nor slurm/job.json")
-    if not target.isdigit():
+    if not re.fullmatch(r"\d+(_\d+)?", target):
         raise UserError(f"{target} is neither a run folder nor a job id")
     record = _ask("scontrol", "show", "job", "-o", target) or ""
     found = [Path(word.partition("=")[2]) for word in record.split() if word.startswith("WorkDir=")]
-    for run in [*found, *(jobs.parents[1] for jobs in Path("runs").glob("*/slurm/jobs"))]:
-        if (run / "slurm" / "jobs").is_file() and target in (run / "slurm" / "jobs").read_text().split():
+    around = [run.parent for run in found] + [Path("runs")]  # an array has its first run's for all of them
+    for run in [*found, *(jobs.parents[1] for place in around for jobs in sorted(place.glob("*/slurm/jobs")))]:
+        submitted = _text(run / "slurm" / "jobs").split()
+        if {target, f"{target}_0"}.intersection(submitted) or (run / "slurm" / f"job-{target}").is_dir():
             return run
     raise UserError(f"job {target}: Slurm knows no run of it, nor does runs/; give the run folder")
 
@@ -123,8 +125,10 @@ def ask_slurm(id: str, again: int = 3) -> JobState:
 def log_lines(run: Path, name: str | None, count: int) -> list[str]:
     """What `or1 logs` prints: the last lines of one log, or of the newest attempt's and what other logs there are.
 
-    Raises UserError when there is no such log.
+    Raises UserError when there is no such log, and for less than one line.
     """
+    if count < 1:
+        raise UserError(f"-n {count}: use 1 or more")
     attempts = sorted(run.glob("slurm/job-*/attempt-*"), key=lambda path: path.stat().st_mtime)
     logs = [*(sorted(attempts[-1].glob("*.log")) if attempts else []), *sorted((run / "logs").glob("*.log"))]
     outputs = sorted((run / "slurm").glob("*.out"))

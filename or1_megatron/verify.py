@@ -47,12 +47,8 @@ def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Ve
     rows = read_rows(file)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    if any(code_tests(row.task.ground_truth, row.task.data_source) for row in rows):
-        print(reached_isolation(config))
     started = time.perf_counter()
-    with RewardService(config) as service:
-        verdicts = [future.result() for future in [service.submit(row.task) for row in rows]]
-        metrics = service.take_metrics()
+    verdicts, metrics = score_rows(rows, config)
     seconds = time.perf_counter() - started
     counts = Counter(verdict.name for verdict in verdicts)
     print(f"{len(rows)} responses in {seconds:.1f} s: " + ", ".join(f"{n} {name}" for name, n in counts.most_common()))
@@ -66,6 +62,15 @@ def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Ve
         lines = [json.dumps({"verdict": v.name, "seconds": round(v.seconds, 4), "detail": v.detail}) for v in verdicts]
         _write(out, "\n".join(lines) + "\n")
     return verdicts
+
+
+def score_rows(rows: list[Row], config: RewardConfig) -> tuple[list[Verdict], dict[str, float]]:
+    """Verdicts in order and the service's metrics; prints the isolation of code when there is any. Raises UserError."""
+    if any(code_tests(row.task.ground_truth, row.task.data_source) for row in rows):
+        print(reached_isolation(config))
+    with RewardService(config) as service:
+        verdicts = [future.result() for future in [service.submit(row.task) for row in rows]]
+        return verdicts, service.take_metrics()
 
 
 def _short(metrics: dict[str, float]) -> dict[str, float]:

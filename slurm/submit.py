@@ -146,7 +146,7 @@ def run_folder(facts: dict[str, Any], options: argparse.Namespace, taken: list[P
         while run.exists() or run in taken:
             number += 1
             run = first.with_name(f"{first.name}-{number}")
-    if re.search(r"[\s\"'$`\\,:]", str(run)):
+    if re.search(r"[\s\"'$`\\,:%#]", str(run)):
         raise Refused(f"run folder {run}: Slurm and the shell read blanks and signs in it otherwise; choose another")
     return run
 
@@ -155,7 +155,8 @@ def script(runs: list[Path], facts: dict[str, Any], options: argparse.Namespace)
     """The batch script: the template with its options and settings."""
     output = "%A_%a.out" if options.array else "job-%j.out"
     lines = {
-        "job-name": facts["name"], "nodes": options.nodes, "ntasks-per-node": 1, "exclusive": None, "mem": 0,
+        "job-name": re.sub(r"[^\w.+-]", "-", facts["name"]),
+        "nodes": options.nodes, "ntasks-per-node": 1, "exclusive": None, "mem": 0,
         "gres": f"gpu:{options.gpus_per_node}", "time": options.time, "requeue": None,
         "signal": f"B:USR1@{round(options.lead * 60)}", "open-mode": "append",
         "output": runs[0] / "slurm" / output, "chdir": runs[0], "partition": options.partition,
@@ -280,8 +281,9 @@ def write_and_submit(
             if run.is_dir() and not any(run.iterdir()):
                 run.rmdir()
         raise (error if isinstance(error, Refused) else Refused(f"run folder {runs[0]}: {error}")) from None
-    for run in runs:
-        (run / "slurm" / "jobs").write_text("".join(job + "\n" for job in jobs))
+    for number, run in enumerate(runs):
+        ids = [f"{job}_{number}" if options.array else job for job in jobs]
+        (run / "slurm" / "jobs").write_text("".join(id + "\n" for id in ids))
     print(f"submitted {', then '.join(jobs)}: {', '.join(map(str, runs))}")
     print(f"follow it: or1 status {runs[0]}; logs: {runs[0]}/slurm")
     return 0

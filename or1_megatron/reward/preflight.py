@@ -5,7 +5,7 @@ from __future__ import annotations
 from or1_megatron.errors import UserError
 from or1_megatron.reward import isolation
 from or1_megatron.reward.problem import code_tests
-from or1_megatron.reward.sandbox import Sandbox
+from or1_megatron.reward.sandbox import Sandbox, SandboxFailed
 from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Prompt
 
@@ -26,7 +26,14 @@ def check_rewards(config: RewardConfig, prompts: list[Prompt]) -> str:
 
 def reached_isolation(config: RewardConfig) -> str:
     """Starts a sandbox once to see. Raises UserError below reward.require_isolation."""
-    sandbox = Sandbox(config.code_memory_mb, bubblewrap=config.require_isolation == "namespaces")
+    wanted = config.require_isolation
+    try:
+        sandbox = Sandbox(config.code_memory_mb, bubblewrap=wanted == "namespaces")
+    except SandboxFailed:
+        fix = "; allow bubblewrap user namespaces, or use full" if wanted == "namespaces" else ""
+        raise UserError(
+            f"reward.require_isolation={wanted}: the sandbox of tested code does not start here, as said above{fix}"
+        ) from None
     sandbox.close()
-    isolation.require(sandbox.level, config.require_isolation, sandbox.description)
+    isolation.require(sandbox.level, wanted, sandbox.description)
     return f"isolation of tested code: {sandbox.level} ({sandbox.description})"

@@ -66,7 +66,14 @@ def code_tests(ground_truth: tuple[str, ...], data_source: str) -> CodeTests | N
             row = json.loads(ground_truth[0])
         except ValueError:
             row = None
-    tests = _read(row)
+    try:
+        tests = _read(row)
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:  # arguments that are no JSON, say
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"reward_model.ground_truth={ground_truth[0][:60]!r}: its tests cannot be read ({error}); drop the problem"
+        ) from None
     if tests is None:
         if _CODE_SOURCES.search(data_source):
             raise UserError(

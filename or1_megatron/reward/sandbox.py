@@ -43,7 +43,7 @@ class SandboxFailed(Exception):
 
 
 class Sandbox:
-    """A fork server and the children it makes; `level` is what isolation.LEVELS it reached."""
+    """A fork server and the children it makes; `level` is what isolation.LEVELS it reached. Raises SandboxFailed."""
 
     def __init__(self, memory_mb: int, bubblewrap: bool = False):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -59,7 +59,11 @@ class Sandbox:
             )  # fmt: skip
         self._socket, self._memory_mb = ours, memory_mb
         ours.settimeout(_START_TIMEOUT_S)
-        hello = self._receive()
+        try:
+            hello = self._receive()
+        except SandboxFailed:
+            self.close()
+            raise
         self.level, self.description = hello["level"], hello["description"]
         if bubblewrap and self.level == "full":
             self.level = "namespaces"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import contextlib
+import functools
 import importlib
 import io
 import itertools
@@ -202,9 +203,9 @@ class _Tested:
     def _answer(self, request: dict[str, Any], known: list[Any], classes: dict[str, type]) -> Any:
         operation, target = request["operation"], request["target"]
         if operation == "evaluate":
-            return eval(target, {**self._main, "__builtins__": {}})
+            return _called_here(eval(target, {**self._main, "__builtins__": {}}))
         if operation == "function":
-            return self._function(target)
+            return _called_here(self._function(target))
         if operation == "defined":
             return [name for name in target if name in self._main]
         item = self._handles[target]
@@ -234,6 +235,12 @@ class _Tested:
     def _keep(self, item: Any) -> list[Any]:
         self._handles.append(item)
         return ["handle", len(self._handles) - 1]
+
+
+def _called_here(function: Any) -> Any:
+    """`f = tuple`, too, is a solution that answers here: the class itself would travel as a value."""
+    builtin = isinstance(function, type) and function.__module__ == "builtins"
+    return functools.partial(function) if builtin else function
 
 
 # ---- the referee's side

@@ -60,4 +60,6 @@ def test_an_array_has_a_run_for_each_recipe(slurm: SlurmCluster, recipe: Path, s
     runs = sorted((shared / "array").iterdir())
     assert [run.name.partition("-")[0] for run in runs] == ["other", "tiny"]
     assert len(slurm.login("squeue", "-h", "-r").stdout.splitlines()) == 2
+    ids = [(run / "slurm" / "jobs").read_text().strip() for run in runs]
+    assert sorted(id.partition("_")[2] for id in ids) == ["0", "1"]
     slurm.login("scancel", "--me")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,31 @@ def test_rescoring_finds_what_changed(tmp_path: Path, capsys: pytest.CaptureFixt
         new["reward"].to_pylist() == [1.0, 0.0, 1.0, 0.0]
         and new.schema == response_table(groups, benchmark="sums", temperature=1.0).schema
     )
+
+
+def test_a_problem_that_a_step_dealt_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Counts as two groups, as in the run."""
+    right, wrong = "</think>\\boxed{2}", "</think>\\boxed{3}"
+    groups = [group("a", [right, wrong], ["wrong"] * 2), group("b", [right] * 2, ["wrong"] * 2)]
+    groups.append(group("a", [right, wrong], ["wrong"] * 2))
+    write_responses(tmp_path / "r.parquet", groups, step=4)
+    rescore(tmp_path / "r.parquet", RewardConfig(num_workers=1))
+    said = capsys.readouterr().out
+    assert "step 4: 3 problems x 2 responses" in said and "avg@2     66.67 %" in said
+    write_responses(tmp_path / "cut.parquet", [groups[0], group("c", [right], ["correct"])], step=4)
+    with pytest.raises(UserError, match="step 4: problems have 1 to 2 responses"):
+        rescore(tmp_path / "cut.parquet", RewardConfig(num_workers=1))
+
+
+def test_code_is_scored_again_only_in_a_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    prompt = Prompt("c", "", (1,), (json.dumps({"inputs": ["1"], "outputs": ["1"]}),), "code")
+    sample = Sample(
+        prompt, 0, np.full(1, 3), np.full(1, -0.1), "```python\nprint(input())\n```", "stop", 0, "wrong", 0.0
+    )
+    write_responses(tmp_path / "r.parquet", [Group(prompt, [sample])])
+    monkeypatch.setenv("PATH", "")  # no bubblewrap
+    with pytest.raises(UserError, match="require_isolation=namespaces"):
+        rescore(tmp_path / "r.parquet", RewardConfig(num_workers=1, require_isolation="namespaces"))
 
 
 def test_a_file_that_is_no_responses(tmp_path: Path):

@@ -75,6 +75,20 @@ def test_a_job_is_found_by_its_id(run: Path, monkeypatch: pytest.MonkeyPatch, ca
     assert cli.main(["status", str(run.parent)]) == 2 and "is no run folder" in capsys.readouterr().err
 
 
+def test_a_run_of_an_array(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """Slurm has the first run's folder for all of them; a task may also go by the number that it got when it began."""
+    other = run.parent / "other"
+    (other / "slurm").mkdir(parents=True)
+    for number, one in enumerate((other, run)):
+        (one / "slurm" / "jobs").write_text(f"5_{number}\n")
+    (other / "config.yaml").touch()
+    for target, wanted in (("5_1", run), ("5_0", other), ("5", other), ("7", run)):
+        answers(monkeypatch, scontrol=[f"JobId=9 WorkDir={other}\n"])
+        assert status.find_run(target) == wanted
+    assert cli.main(["status", "5_2"]) == 2 and "job 5_2: Slurm knows no run of it" in capsys.readouterr().err
+    assert cli.main(["status", "5_"]) == 2 and "neither a run folder nor a job id" in capsys.readouterr().err
+
+
 def test_logs(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert cli.main(["logs", str(run), "-n", "2"]) == 0
     assert "line 48\nline 49" in (out := capsys.readouterr().out) and "line 47" not in out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from or1_megatron.prepare.cleaning.checked import judged
@@ -22,6 +23,7 @@ from or1_megatron.prepare.step import (
     information,
     option,
 )
+from or1_megatron.reward.preflight import reached_isolation
 from or1_megatron.reward.problem import Task
 from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Verdict
@@ -88,7 +90,12 @@ def _reference_solutions(table: Table, options: ReferenceSolutions, context: Con
             sound_tests(row["answer"] or "")
         except Unusable as error:
             return error.drop
+        tell_isolation()
         return [Task(code if "```" in code else f"```python\n{code}\n```", (row["answer"],)) for code in solutions]
+
+    @cache
+    def tell_isolation() -> None:
+        context.message(reached_isolation(config))
 
     def conclude(row: Row, tasks: list[Task], verdicts: list[Verdict]) -> Drop | None:
         for verdict in verdicts:

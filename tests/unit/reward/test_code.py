@@ -215,11 +215,25 @@ def test_same_order_of_a_set_every_time(service: RewardService) -> None:
         ('{"inputs": [], "outputs": []}', "x", "no test"),
         ('{"inputs": ["1"], "outputs": []}', "x", "1 inputs but 0 outputs"),
         ('[{"input": "1", "output": "1", "testtype": "functional"}]', "x", "name no function"),
+        ('{"inputs": ["1"], "outputs": ["no JSON"], "fn_name": "f"}', "x", "cannot be read .Expecting value"),
+        ('{"inputs": [1], "outputs": [1], "fn_name": "f"}', "x", "cannot be read .'int' object is not iterable"),
+        ('{"inputs": 1, "outputs": 1}', "x", "cannot be read .object of type 'int'"),
+        ('[{"input": "1", "output": "1", "testtype": "functional", "metadata": "f"}]', "x", "cannot be read"),
     ],
 )
 def test_tests_that_cannot_be_used(truth: str, source: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         code_tests((truth,), source)
+
+
+def test_a_builtin_class_is_a_solution(service: RewardService) -> None:
+    """It must be called where the solution is: a test that never calls the solution counts as broken."""
+    for tests in (
+        {"test_list": ["assert f('ab') == ('a', 'b')"]},
+        {"test": "def check(g):\n    assert g('ab') == ('a', 'b')", "entry_point": "f"},
+    ):
+        assert check(service, "f = tuple", tests).name == "correct"
+        assert check(service, "f = list", tests).name == "wrong"
 
 
 def test_math_is_not_code() -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from or1_megatron.errors import UserError
@@ -109,6 +110,15 @@ def test_bubblewrap_where_there_is_none() -> None:
 def test_bubblewrap() -> None:
     found = probe_as(sys.executable, level="namespaces")
     assert found == [f"{os.getuid()} namespaces {found[0].split(maxsplit=2)[2]}", CONTAINED]
+
+
+def test_bubblewrap_that_is_not_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="the sandbox of tested code does not start here, as said above; allow"):
+        reached_isolation(RewardConfig(require_isolation="namespaces"))
+    assert not psutil.Process().children()
 
 
 def test_the_line_before_a_run_names_problems_and_level() -> None:
