@@ -69,9 +69,9 @@ class InTurns(Timeline):
         self._cluster._workers.wait([worker.__ray_call__.remote(_set_recording, on) for worker in self._all])
         super().begin(step)
 
-    def end(self, step: int) -> dict[str, Any]:
+    def end(self, step: int, *, engines: bool = True) -> dict[str, Any]:
         if traced(step):
-            found = super().end(step)
+            found = super().end(step, engines=engines)
             self.records[step] = sum(_size(record) for record in self._steps[-1].values())
             return found
         self._driver.drain()

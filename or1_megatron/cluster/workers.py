@@ -64,15 +64,15 @@ class Workers:
 
     def wait(self, refs: list[Any]) -> list[Any]:
         """Results in order; the first failure of any of them, or of any other worker, ends the wait."""
+        results: dict[Any, Any] = {}
         pending, last = list(refs), time.monotonic()
         while pending:
             done, pending = ray.wait(pending, num_returns=1, timeout=1.0)
             last = time.monotonic() if done else last
-            for ref in done:
-                self._get(ref)
+            results |= {ref: self._get(ref) for ref in done}
             self._heartbeat()
             self._raise_if_late(last, self._mine())
-        return [self._get(ref) for ref in refs]
+        return [results[ref] for ref in refs]
 
     def drain(
         self,
