@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -32,6 +31,7 @@ from or1_megatron.errors import UserError
 from or1_megatron.parallel.hf_files import HFWeights, run_all, write_synced
 from or1_megatron.parallel.layout import hf_shapes, shard, stored_entries
 from or1_megatron.parallel.megatron_files import key_of
+from or1_megatron.parallel.saved_tensor import save_tensor
 
 _ALIGNMENT = 64  # bytes, torch.save's own within a chunk, so that a chunk can be used where it lies
 _FORMAT = {
@@ -120,12 +120,12 @@ def write_megatron(
 
     def write(index: int) -> None:
         name = f"__0_{index}.distcp"
-        with (directory / name).open("wb") as file:
+        with (directory / name).open("w+b") as file:
             for chunk in files[index]:
                 start = file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
                 tensor = chunk.make().view(chunk.stored.sizes)
                 assert tensor.untyped_storage().nbytes() == chunk.num_bytes, chunk
-                _save(tensor, file)
+                save_tensor(tensor, file)
                 del tensor
                 chunk.drop()
                 place = MetadataIndex(chunk.key, chunk.stored.offsets)
@@ -140,13 +140,6 @@ def write_megatron(
     write_synced(directory / "common.pt", common.getvalue())
     write_synced(directory / "metadata.json", json.dumps(_FORMAT).encode())
     write_synced(directory / ".metadata", pickle.dumps(_metadata(architecture, chunks, stored)))
-
-
-def _save(tensor: torch.Tensor, file: Any) -> None:
-    try:
-        torch.save(tensor, file)
-    except RuntimeError as error:  # torch hides a failed write behind its own complaint about the file's end
-        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _check_dtypes(architecture: Architecture, weights: HFWeights) -> None:

@@ -1,7 +1,7 @@
-"""A tensor that torch.save wrote into the middle of a file, as a view of the mapped file.
+"""A tensor as torch.save writes it into a file of many: written in small pieces, read as a view of the mapped file.
 
 torch.save writes a zip whose members are stored as they are: `data.pkl` names dtype, shape and strides, `data/0` is the
-bytes. torch.load would copy them.
+bytes. torch.save would hand them over at once, and torch.load copy them.
 """
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ import os
 import pickle
 import zipfile
 from dataclasses import dataclass
+from io import BufferedRandom
 from typing import Any
 
 import torch
 
-from or1_megatron.parallel.hf_files import map_numbers
+from or1_megatron.parallel.hf_files import map_numbers, write_numbers
 
 _DTYPES = {"FloatStorage": torch.float32, "BFloat16Storage": torch.bfloat16, "HalfStorage": torch.float16}
 UNREADABLE = (zipfile.BadZipFile, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError)
-_LOCAL_HEADER = 30  # bytes of a zip member's header; the lengths of the name and extra field after it are at 26 and 28
+_HEADER, _ENTRY = 30, 46  # bytes of a member's header in a zip and of its entry in the directory, before its name
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,34 @@ def map_tensor(mapped: mmap.mmap, start: int, length: int) -> torch.Tensor:
     if member.compress_type != zipfile.ZIP_STORED or member.file_size != saved.count * saved.dtype.itemsize:
         raise zipfile.BadZipFile(f"{member.filename} does not hold {saved.count} numbers of {saved.dtype}")
     header = start + member.header_offset
-    name, extra = (int.from_bytes(mapped[header + at : header + at + 2], "little") for at in (26, 28))
-    first = header + _LOCAL_HEADER + name + extra
+    first = header + _header_length(mapped[header : header + _HEADER])
     flat = map_numbers(mapped, first, saved.dtype, saved.count)
     return flat.as_strided(saved.shape, saved.strides, saved.offset)
+
+
+def save_tensor(tensor: torch.Tensor, file: BufferedRandom) -> None:
+    """Appends what torch.save writes of a contiguous tensor that fills its storage. Raises OSError."""
+    try:
+        with torch.serialization.skip_data():
+            torch.save(tensor, file)
+        file.flush()
+    except RuntimeError as error:  # torch hides a failed write behind its own complaint about the file's end
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    end, descriptor = file.tell(), file.fileno()
+    with zipfile.ZipFile(file) as members:  # the last one in the file
+        (member,) = [member for member in members.infolist() if member.filename.endswith("/data/0")]
+        directory = members.start_dir
+    first = member.header_offset + _header_length(os.pread(descriptor, _HEADER, member.header_offset))
+    crc = write_numbers(descriptor, tensor, first, crc=True).to_bytes(4, "little")
+    name = directory + os.pread(descriptor, end - directory, directory).index(member.filename.encode())
+    os.pwrite(descriptor, crc, first + member.file_size + 4)  # after the mark of the descriptor behind the numbers
+    os.pwrite(descriptor, crc, name - _ENTRY + 16)
+    file.seek(end)
+
+
+def _header_length(header: bytes) -> int:
+    """With name and extra field, whose lengths are at 26 and 28."""
+    return _HEADER + int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -25,7 +25,7 @@ from or1_megatron.architecture import parse_architecture
 from or1_megatron.convert import hf_to_megatron, megatron_to_hf, parse_size
 from or1_megatron.errors import RunFailure, UserError
 from or1_megatron.parallel.layout import hf_shapes
-from or1_megatron.parallel.megatron_writer import _save
+from or1_megatron.parallel.saved_tensor import save_tensor
 from tests.tiny_models import write_tiny_model
 
 MODELS = {
@@ -284,7 +284,7 @@ def test_failed_write_is_told_as_such() -> None:
             return super().write(data)
 
     with pytest.raises(OSError, match="No space left"):
-        _save(torch.ones(1000), FullDisk())
+        save_tensor(torch.ones(1000), FullDisk())  # pyright: ignore[reportArgumentType]
 
 
 def test_killed_conversion_leaves_nothing_that_looks_complete(tiny: Path, tmp_path: Path) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import mmap
 import pickle
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from or1_megatron.parallel.saved_tensor import UNREADABLE, map_tensor
+from or1_megatron.parallel.saved_tensor import UNREADABLE, map_tensor, save_tensor
 
 TENSORS = [
     torch.randn(3, 5),
@@ -43,6 +44,27 @@ def test_same_bits_as_torch_load(first: int, tmp_path: Path) -> None:
         assert found.data_ptr() % found.element_size() == 0, "not aligned"
         assert pickle.dumps(found.tolist()) == pickle.dumps(tensor.tolist())
         start += len(part)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2**20 // 4, 2**20 // 2 + 3])  # a piece has 2**20 bytes
+def test_what_is_written_is_what_torch_would_write(count: int, tmp_path: Path) -> None:
+    """But for the id in it, which torch makes of the checksums: several after each other, each a sound zip."""
+    tensors = [torch.randn(count), torch.randn(2, 3), torch.randn(count, 1).to(torch.bfloat16)]
+    places = []
+    with (tmp_path / "file").open("w+b") as file:
+        for tensor in tensors:
+            start = file.seek(file.tell() + 5)
+            save_tensor(tensor, file)
+            places.append((start, file.tell() - start))
+    content = (tmp_path / "file").read_bytes()
+    for (start, length), tensor in zip(places, tensors, strict=True):
+        ours, theirs = (zipfile.ZipFile(io.BytesIO(part)) for part in (content[start : start + length], saved(tensor)))
+        assert ours.testzip() is None and ours.namelist() == theirs.namelist()
+        for one, other in zip(ours.infolist(), theirs.infolist(), strict=True):
+            assert (one.header_offset, one.file_size) == (other.header_offset, other.file_size)
+            assert one.filename.endswith("serialization_id") or ours.read(one) == theirs.read(other)
+        loaded = torch.load(io.BytesIO(content[start : start + length]), weights_only=True)
+        assert torch.equal(loaded, tensor) and loaded.dtype == tensor.dtype
 
 
 @pytest.mark.parametrize(
