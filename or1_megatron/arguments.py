@@ -104,7 +104,7 @@ def _add_evaluate(commands: Any) -> None:
     evaluate = commands.add_parser(
         "eval",
         help="accuracy of a model, a run or a recipe on benchmarks",
-        usage="or1 eval MODEL | RUN | RECIPE [--benchmark NAME ...] [--n N] [options] [key=value ...]\n"
+        usage="or1 eval MODEL | RUN | RECIPE [--benchmark NAME]... [--n N] [options] [key=value ...]\n"
         "       or1 eval --rescore FILE [--out FILE]",
         description="avg@n and pass@k with 95 % intervals, lengths, truncation; see docs/evaluation.md. Without "
         "--benchmark: on evaluation.files.",
@@ -126,7 +126,8 @@ def _add_verify(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="score a file of responses; compare verifiers",
-        description="A row (.jsonl, .parquet) has response, ground_truth; optional: data_source, correct, difficulty.",
+        description="A row (.jsonl, .parquet) has response, ground_truth; optional: data_source, truncated, prompt (as "
+        "the model saw it), correct, difficulty.",
     )
     verify.add_argument("file", metavar="FILE", type=Path)
     verify.add_argument("--out", metavar="FILE", type=Path, help="verdict of each row, one JSON line each")
@@ -190,7 +191,9 @@ def _add_prepare(commands: Any) -> None:
     prepare.add_argument("words", nargs="*", metavar="RECIPE | key=value", help="recipe file, then overrides")
     prepare.add_argument("--overwrite", action="store_true", help="replace write.path; is write.overwrite=true")
     prepare.add_argument("--card", action="store_true", help="also write a card of the file; is write.card=true")
-    prepare.add_argument("--ray", metavar="ADDRESS", default="", help="deal rows over this Ray cluster; is ray=ADDRESS")
+    prepare.add_argument(
+        "--ray", metavar="ADDRESS", default="", help="a Ray cluster for steps that judge row by row; is ray=ADDRESS"
+    )
 
 
 def _recipe_help() -> str:

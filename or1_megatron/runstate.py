@@ -66,7 +66,7 @@ class Checkpoints:
         if free < self._num_bytes:
             raise UserError(
                 f"disk full: a checkpoint needs {self._num_bytes / 1e9:.2f} GB, {self._directory} has "
-                f"{free / 1e9:.2f} GB free; free space there, or resume with runs_dir on another disk"
+                f"{free / 1e9:.2f} GB free; free space there, or move the run folder elsewhere and resume that"
             )
         for left in self._directory.glob(".step-*"):  # of a run that was killed
             shutil.rmtree(left)

@@ -69,7 +69,7 @@ class CheckpointWriter:
             reasons = sorted({str(failure[0]) for failure in error.failures.values()})
             raise UserError(
                 f"the checkpoint {self._directory} could not be written: {'; '.join(reasons)}; "
-                "make room there, or resume with runs_dir on another disk"
+                "make room there, or move the run folder elsewhere and resume that"
             ) from None
         return self._results.sums
 

@@ -52,7 +52,7 @@ class Settings:
     data: str = option("", "a folder of yours; ${data} in the recipe stands for it")
     cache: str = option(".cache/prepare", "where finished steps are kept, each with the rows that it dropped")
     workers: int = option(0, "processes per machine; 0: one per core. Does not change the outcome")
-    ray: str = option("", "host:port of a Ray cluster over whose nodes rows are dealt; local: one on this machine")
+    ray: str = option("", "host:port of a Ray cluster that judges rows where that is done one by one; local: one here")
 
 
 @dataclass(frozen=True)
