@@ -63,11 +63,12 @@ def collect(
 ) -> Rollout:
     """The rollout of one step, with real engines and verifiers; see `fill`."""
     size, sampling = config.rollout.group_size, training_sampling(config)
+    checked: list[Verdict] = []
 
     def answer(prompts: list[Prompt]) -> list[Group]:
         with spans.span("deal"):
             dealt = history.deal(prompts, size, config.rollout.num_engines, config.rollout.schedule)
-        return score_groups(cluster, rewards, prompts, size, sampling, spans, dealt)
+        return score_groups(cluster, rewards, prompts, size, sampling, spans, dealt, checked)
 
     return fill(config, answer, stream, carried)
 
@@ -170,13 +171,14 @@ def score_groups(
     sampling: SamplingSpec,
     spans: Spans,
     dealt: tuple[list[list[Prompt]], int] | None = None,
+    checked: list[Verdict] | None = None,
 ) -> list[Group]:
     """Groups with verdicts and rewards, in the order of `prompts`: results do not depend on who finished first.
 
     dealt: each engine's prompts and the responses that it gives to each, see rollout/schedule.py; None: in turn.
     Responses are checked while others are decoded, or after them all: reward.during_rollout; packed by the engines, or
     here at last: sampling.pack. A group with a response that could not be checked is left out. Raises RunFailure when
-    that is too often.
+    that is too often, among these and the earlier verdicts `checked` of the same step, to which they are added.
     """
     scoring: list[tuple[Sample, Future[Verdict]]] = []
     groups: list[Group] = []
@@ -197,8 +199,14 @@ def score_groups(
             for group in groups:
                 check(group)
         verdicts = [future.result() for _, future in scoring]
+    if not sampling.pack:
+        with spans.span("pack"):
+            for sample, _ in scoring:
+                sample.pack()
     with spans.span("groups"):
-        rewards.check_failure_rate(verdicts)
+        checked = [] if checked is None else checked
+        checked += verdicts
+        rewards.check_failure_rate(checked)
         for (sample, _), verdict in zip(scoring, verdicts, strict=True):
             _set_verdict(sample, verdict)
         whole = whole_groups(groups, group_size)
@@ -206,11 +214,6 @@ def score_groups(
         place = {prompt.uid: i for i, prompt in enumerate(prompts)}
         # A prompt dealt twice has two groups in one place: by their tokens then, not by who finished first.
         sound.sort(key=lambda group: (place[group.prompt.uid], tuple(group.samples[0].tokens[:256])))
-    if not sampling.pack:
-        with spans.span("pack"):
-            for group in sound:
-                for sample in group.samples:
-                    sample.pack()
     return sound
 
 

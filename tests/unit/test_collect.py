@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from or1_megatron.reward.problem import Task
 from or1_megatron.reward.service import RewardService
 from or1_megatron.rl.filter import is_informative
 from or1_megatron.rollout.engine import SamplingSpec
-from or1_megatron.types import Group, Prompt, Sample, group_as_dict, group_from_dict
+from or1_megatron.types import Group, Prompt, Sample, Verdict, group_as_dict, group_from_dict
 
 PROMPTS = [Prompt(f"p{i}", "x", (1, 2), ("1",)) for i in range(40)]
 SHARE = 0.4  # of the groups, informative
@@ -233,7 +234,27 @@ def test_tokens_and_log_probs_are_arrays_whoever_packs_them(early: bool):
     with RewardService(wanted.reward) as rewards:
         decoding: Any = Decoding(wanted, rewards, patience_s=0)
         groups = score_groups(decoding, rewards, PROMPTS[:2], 2, training_sampling(wanted), spans)
+        pieces = [PROMPTS[:2] * 2], 2
+        larger = score_groups(decoding, rewards, PROMPTS[:2], 4, training_sampling(wanted), Spans(), pieces)
+    assert [sorted(sample.tokens.tolist() for sample in group.samples) for group in larger] == [
+        [[0]] * 2 + [[1]] * 2
+    ] * 2
     samples = [sample for group in groups for sample in group.samples]
     assert [(sample.tokens.dtype, sample.log_probs.dtype) for sample in samples] == [("int32", "float32")] * 4
     assert [sample.tokens.tolist() for sample in samples] == [[0], [1]] * 2
     assert ("seconds/pack" in spans.take()) == (not early)
+
+
+def test_failed_checks_count_over_all_rounds_of_a_step(monkeypatch: pytest.MonkeyPatch):
+    """One in the last small refill is a small part of the step, and one too many in it is one too many."""
+    wanted = from_tree([("t", {"model": {"path": "/m"}, "reward": {"num_workers": 1, "max_failure_rate": 0.03}})])
+    failed: Future[Verdict] = Future()
+    failed.set_result(Verdict("infrastructure_error", 0.0))
+    with RewardService(wanted.reward) as rewards:
+        monkeypatch.setattr(rewards, "submit", lambda task: failed)
+        decoding: Any = Decoding(wanted, rewards, patience_s=0)
+        checked = [Verdict("wrong", 0.0)] * 98
+        settings = decoding, rewards, PROMPTS[:1], 2, training_sampling(wanted), Spans(), None, checked
+        assert score_groups(*settings) == [] and len(checked) == 100
+        with pytest.raises(RunFailure, match="4 of 102 responses could not be checked"):
+            score_groups(*settings)
