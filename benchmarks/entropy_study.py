@@ -307,7 +307,7 @@ def complete(path: Path, config: Config) -> bool:
     if folder.config != config:
         raise UserError(f"{path} holds a run with other settings than this study's; give another --out, or remove it")
     rows = folder.read_metrics()
-    return bool(rows) and rows[-1]["step"] == config.steps and any("eval/avg@" in name for name in rows[-1])
+    return bool(rows) and rows[-1]["step"] == config.steps and "seconds/step" not in rows[-1]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -100,7 +100,8 @@ def estimate(values: Iterable[float]) -> Estimate:
 
 
 def held_out(rows: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
-    """(step, avg@n at the first temperature) of a run's metrics. The line of a step holds the evaluation before it."""
+    """(step, avg@n at the first temperature) of a run's metrics. In older runs the line of a step holds the evaluation
+    before it."""
     found = []
     for row in rows:
         values = [value for name, value in row.items() if name.startswith("eval/") and "avg@" in name]

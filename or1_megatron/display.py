@@ -84,6 +84,11 @@ class Display:
         self._phase_started = time.monotonic()
         self._phase = text
 
+    def resumed(self, step: int) -> None:
+        """The run goes on after this step."""
+        self._step = step
+        self.message(f"resumed after step {step}")
+
     def step(self, metrics: Mapping[str, Any]) -> None:
         """A step is done; metrics["step"] is its number."""
         self._step = metrics["step"]

@@ -46,12 +46,13 @@ class Evaluator:
         self._prompts, self._folder = prompts, folder
         self.history: list[tuple[int, float]] = []  # step, avg@n at the first temperature
 
-    def run_if_due(self, step: int, display: Display, *, last: bool = False) -> dict[str, float]:
-        """Metrics of the policy after `step` steps, when it is due: before the first step, every interval, last."""
+    def run_if_due(self, step: int, display: Display, *, last: bool = False) -> None:
+        """Of the policy after `step` steps, when it is due: before the first step, every interval, last. Its line of
+        metrics is that of `step`; the one of a run that is resumed there is not written again."""
         interval = self._config.evaluation.interval
         due = step == 0 or last or (interval and step % interval == 0)
         if not self._prompts or not due:
-            return {}
+            return
         with self._spans.span("evaluation"):
             display.phase("evaluating")
             found: dict[float, Accuracy] = {}
@@ -60,10 +61,11 @@ class Evaluator:
                 self._folder.save_evaluation(step, temperature, groups)
                 found[temperature] = accuracy([Outcome.of(group) for group in groups])
             first = next(iter(found.values()))
-            self.history.append((step, first.average.value))
+            if step not in dict(self.history):
+                self.history.append((step, first.average.value))
+                self._folder.log_metrics(step, evaluation_metrics(found))
             shares = ", ".join(f"{100 * one.average.value:.1f}%{_at(t, found)}" for t, one in found.items())
             display.message(f"held-out after step {step}: avg@{first.num_samples} {shares}")
-        return evaluation_metrics(found)
 
 
 def _at(temperature: float, found: dict[float, Accuracy]) -> str:

@@ -136,7 +136,7 @@ class Run:
         self.folder.rewind(self.state.step)
         self.evaluator.history = held_out(self.folder.read_metrics())
         self.folder.save_config(self.config)
-        self.display.message(f"resumed after step {self.state.step}")
+        self.display.resumed(self.state.step)
 
     def close(self) -> None:
         """A rollout under way must not outlive the cluster: its thread would wake Ray anew."""

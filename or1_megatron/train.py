@@ -91,7 +91,7 @@ def magic(run: Run) -> None:
         with spans.span("step"):
             stage = run.enter(step)
             metrics = run.sync(step - 1)
-            metrics |= run.evaluator.run_if_due(step - 1, display)
+            run.evaluator.run_if_due(step - 1, display)
             display.phase("rollout")
             rollout = run.rollout(stage, step)
             display.phase("update")
@@ -107,8 +107,8 @@ def magic(run: Run) -> None:
         if run.stop.requested:
             raise StopRequested("stopped between steps")
     run.sync(config.steps)
-    final = run.evaluator.run_if_due(config.steps, display, last=True)
-    run.folder.log_metrics(config.steps, {**final, **spans.take()})
+    run.evaluator.run_if_due(config.steps, display, last=True)
+    run.folder.log_metrics(config.steps, spans.take())
     run.timeline.close()
 
 

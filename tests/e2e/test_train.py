@@ -54,7 +54,9 @@ def finish(process: subprocess.Popen[str], timeout_s: float = 180) -> str:
 
 
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Of its steps."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "seconds/step" in row]
 
 
 def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
@@ -104,6 +106,8 @@ def test_three_steps_on_two_ranks(workplace: Path, degree: str) -> None:
         assert 0 < row["mfu"] < 1, row
     check_times(run, rows)
     assert rows[0]["loss"] != rows[2]["loss"], "the policy did not change"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval/avg@2" in line] == [0, 3]
     assert (run / "checkpoints" / "step-000003" / "driver.json").is_file()
     assert len(list((run / "rollouts").glob("*.parquet"))) == 3
     nothing_left(workplace)

@@ -101,6 +101,15 @@ def test_without_a_terminal_a_long_phase_says_that_it_lives():
     assert lines[0] == "trial: step 0/30 done; starting engines, 0:00"
 
 
+def test_a_resumed_run_counts_from_where_it_was():
+    console, file = plain()
+    with Display(30, "trial", console=console, heartbeat_s=0.2) as display:
+        display.resumed(20)
+        display.phase("rollout")
+        time.sleep(0.4)
+    assert file.getvalue().splitlines()[:2] == ["resumed after step 20", "trial: step 20/30 done; rollout, 0:00"]
+
+
 def test_without_a_terminal_short_phases_are_silent():
     console, file = plain()
     with Display(30, "trial", console=console, heartbeat_s=0.4) as display:
