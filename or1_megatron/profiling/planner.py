@@ -184,11 +184,11 @@ def _computed(groups: list[list[int]], work: Work, costs: Costs) -> Tokens:
 def rollout_rounds(work: Work) -> list[int]:
     """Prompts of the first rollout and of each refill, when kept_share of every rollout's groups are kept."""
     wanted, limit = work.rollout_batch_size, int(work.rollout_batch_size * work.max_generated_factor)
-    rounds, kept, missing = [], 0, wanted
+    rounds, kept, missing = [], 0.0, wanted
     while missing > 0:
         rounds.append(missing)
-        kept += round(missing * work.kept_share)
-        missing = refill_size(kept=kept, wanted=wanted, generated=sum(rounds), limit=limit)
+        kept += missing * work.kept_share
+        missing = refill_size(kept=int(kept + 1e-9), wanted=wanted, generated=sum(rounds), limit=limit)
     return rounds
 
 

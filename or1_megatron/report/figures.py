@@ -97,7 +97,8 @@ def _plot(
     for number, run in enumerate(runs):
         for index, (metric, label) in enumerate(metrics):
             colour, dash = (number, index) if len(runs) > 1 else (index, 0)
-            lines.append(Line(f"{run.name}: {label}" if len(runs) > 1 else label, run.series(metric), colour, dash))
+            named = f"{run.name}: {label}" if len(runs) > 1 else label
+            lines.append(Line(named, run.series(metric), colour, dash, largest=metric.endswith("/max")))
         if evaluations:
             colour = number if len(runs) > 1 else 1
             label = f"{run.name}: held out" if len(runs) > 1 else "held out"

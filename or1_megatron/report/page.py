@@ -87,13 +87,14 @@ def _head(runs: Sequence[RunData]) -> str:
     if len(runs) > 1:
         return "<h1>" + ", ".join(escape(run.name) for run in runs) + "</h1>"
     run, config = runs[0], runs[0].folder.config
-    last, rollout = run.steps[-1], config.rollout
+    last, rollout = run.steps[-1], run.stages()[-1].rollout
     parallel = config.parallel
     layout = f"tp {parallel.tp}, pp {parallel.pp}, cp {parallel.cp}, dp {config.dp}"
     engines = f"{rollout.num_engines} engine{'s' if rollout.num_engines > 1 else ''}"
     told = (
         f"{config.model.path}; {parallel.num_ranks} ranks ({layout}), {engines}; "
         f"D_R {rollout.rollout_batch_size}, gs {rollout.group_size}, T {rollout.context_length}"
+        + (f" in stage {last['stage']} of {len(config.stages)}" if config.stages else "")
     )
     found = [
         ("steps", f"{last['step']} of {config.steps}"),
@@ -128,11 +129,14 @@ def _time_table(runs: Sequence[RunData]) -> str:
     unit, factor = _unit(runs)
     rows = []
     for run in runs:
-        hours, config = run.hours(), run.folder.config
+        hours = run.hours()
         parts = [short(factor * hours[name]) for name in ("total", "rollout", "update", "others", "evaluation")]
         shares = [f"{hours[name] / (hours['total'] or 1):.1%}" for name in ("rollout", "update")]
-        batches = (config.rollout.rollout_batch_size, config.mini_batch_size, config.loss.num_reuse)
-        rows.append([run.name, *parts, *shares, str((config.num_sgd_steps, *batches))])
+        batches = [
+            (stage.num_sgd_steps, stage.rollout.rollout_batch_size, stage.mini_batch_size, stage.loss.num_reuse)
+            for stage in run.stages()
+        ]
+        rows.append([run.name, *parts, *shares, ", then ".join(map(str, dict.fromkeys(batches)))])
     head = ("run", "total", "rollout", "update", "others", "evaluation", "rollout share", "update share")
     note = "<p class='faint'>total = rollout + policy update + others, as in Tables 7 and 8; evaluation beside it</p>"
     table = _table([*head, "(N_SGD, D_R, D_T, N_reuse)"], rows)

@@ -20,13 +20,15 @@ _DASHES = ("", "5 3", "2 3")
 
 @dataclass(frozen=True)
 class Line:
-    """One series. colour: index into the palette; dash: 0 solid, 1 dashed, 2 dotted; dots: single points."""
+    """One series. colour: index into the palette; dash: 0 solid, 1 dashed, 2 dotted; dots: single points; largest: of
+    neighbours that become one point, not their mean."""
 
     label: str
     points: Sequence[Point]
     colour: int = 0
     dash: int = 0
     dots: bool = False
+    largest: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def line_plot(
     lines = [line for line in lines if line.points]
     if not lines:
         return None
-    shown = [(line, thinned(line.points)) for line in lines]
+    shown = [(line, thinned(line.points, largest=line.largest)) for line in lines]
     xs = [x for _, points in shown for x, _ in points]
     ys = (
         [y for _, points in shown for _, y in points] + ([0.0] if zero else []) + ([level] if level is not None else [])
@@ -80,7 +82,7 @@ def _series(line: Line, points: Sequence[Point], x: Scale, y: Scale, percent: bo
     dots = "".join(
         f'<circle class="{kind}" cx="{x(a):.1f}" cy="{y(b):.1f}" r="{radius}" fill="{colour}">'
         f"<title>{escape(line.label)}, {axis} {a:.0f}: {_value(b, percent)}</title></circle>"
-        for a, b in thinned(points, MOST_DOTS)
+        for a, b in thinned(points, MOST_DOTS, largest=line.largest)
     )
     return drawn + dots
 

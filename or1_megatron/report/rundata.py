@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from or1_megatron.config import Config
 from or1_megatron.errors import UserError
 from or1_megatron.profiling.decoding import tail_start
 from or1_megatron.runfolder import RunFolder
@@ -47,11 +48,18 @@ class RunData:
     folder: RunFolder
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    last_evaluation_s: float = 0.0  # of the one after the last step, which is in no step's seconds
     lengths: list[int] = field(default_factory=list)
     limit: int = 0  # response length at which the newest responses were cut, tokens; 0: none was
     examples: list[Example] = field(default_factory=list)
     trace: dict[str, Any] | None = None
     tail: Tail | None = None
+
+    def stages(self) -> list[Config]:
+        """The configurations of the stages that its steps belong to, in order."""
+        whole = self.folder.config.all_stages()
+        numbers = sorted({min(int(row.get("stage", 1)), len(whole)) for row in self.steps})
+        return [whole[number - 1] for number in numbers]
 
     def series(self, name: str) -> list[tuple[float, float]]:
         """(step, value) where the metric is a number."""
@@ -67,6 +75,7 @@ class RunData:
     def hours(self) -> dict[str, float]:
         """Tables 7 and 8: total, rollout, update, others; and evaluation, which is in none of them."""
         found = {part: self.total(f"seconds/{part}") / 3600 for part in ("rollout", "update", "others", "evaluation")}
+        found["evaluation"] += self.last_evaluation_s / 3600
         return {"total": found["rollout"] + found["update"] + found["others"], **found}
 
 
@@ -78,12 +87,14 @@ def read_run(path: str | Path) -> RunData:
     if not steps:
         raise UserError(f"{path} has no finished step yet; a report needs one")
     evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
-    run = RunData(folder.path.resolve().name, folder, steps, evaluations)
+    behind = sum(row.get("seconds/evaluation", 0.0) for row in rows if "seconds/rollout" not in row)
+    run = RunData(folder.path.resolve().name, folder, steps, evaluations, behind)
     _read_rollouts(run)
     file = folder.path / "trace.json"
     if file.is_file():
         trace = json.loads(file.read_text())
-        run.trace, run.tail = trace, tail_of(trace)
+        # With an overlap the driver's span is what was left to wait for, not the engines' work.
+        run.trace, run.tail = trace, None if folder.config.rollout.overlap else tail_of(trace)
     return run
 
 
@@ -98,7 +109,8 @@ def _with_others(row: dict[str, Any]) -> dict[str, Any]:
 def _read_rollouts(run: RunData) -> None:
     import pyarrow.parquet
 
-    files = sorted(run.folder.rollouts.glob("step-*.parquet"))[-NEWEST_FILES:]
+    last = f"step-{run.steps[-1]['step']:06d}.parquet"  # what is newer was left by a run that a resume took back
+    files = sorted(file for file in run.folder.rollouts.glob("step-*.parquet") if file.name <= last)[-NEWEST_FILES:]
     for file in files:
         table = pyarrow.parquet.read_table(file, columns=["length", "finish_reason"])
         lengths, reasons = (table[name].to_pylist() for name in ("length", "finish_reason"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -43,20 +44,23 @@ def whole_ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """Four characters or so: 0.25, 12, 3.4k, 2e-6."""
+    """Four characters or so: 0.25, 12, 3400, 34k, 2e-6."""
     size = abs(value)
     if size == 0:
         return "0"
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if size >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
+    for one, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if size >= one * (9.9995 if unit == "k" else 0.9995):  # what would be rounded up to the next unit is of it
+            return f"{value / one:.3g}{unit}"
+    if size >= 999.5:
+        return f"{value:.0f}"
     return f"{value:.3g}" if size >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
 
 
-def thinned(points: Sequence[Point], most: int = 300) -> list[Point]:
-    """At most `most` points: means of neighbours."""
+def thinned(points: Sequence[Point], most: int = 300, *, largest: bool = False) -> list[Point]:
+    """At most `most` points: means of neighbours, or where `largest` is told the largest of them."""
     if len(points) <= most:
         return list(points)
     size = math.ceil(len(points) / most)
     parts = [points[i : i + size] for i in range(0, len(points), size)]
-    return [(sum(x for x, _ in part) / len(part), sum(y for _, y in part) / len(part)) for part in parts]
+    value = max if largest else statistics.fmean
+    return [(statistics.fmean(x for x, _ in part), value(y for _, y in part)) for part in parts]

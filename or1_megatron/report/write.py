@@ -33,7 +33,7 @@ def summary(run: RunData) -> dict[str, Any]:
         "tail": dataclasses.asdict(run.tail) if run.tail else None,
         "lengths": {"count": len(run.lengths), "longest": max(run.lengths, default=0), "cut_at": run.limit},
         "advice": advice(run),
-        "series": {name: thinned(run.series(name)) for name in names if name != "step"},
+        "series": {name: thinned(run.series(name), largest=name.endswith("/max")) for name in names if name != "step"},
         "examples": [dataclasses.asdict(example) for example in run.examples],
     }
 

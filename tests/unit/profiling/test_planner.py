@@ -24,6 +24,8 @@ def test_refills_are_rollouts_of_their_own():
     assert rollout_rounds(half) == [32, 16, 8, 4, 2, 1, 1] and rollout_rounds(
         replace(half, max_generated_factor=1.25)
     ) == [32, 8]
+    few = rollout_rounds(replace(WORK, kept_share=0.4, max_generated_factor=9.0))
+    assert sum(few) == 32 / 0.4 and len(few) < 10, "a round of one prompt keeps a part of a group, not none"
     costs = costs_of(MODEL, PLACE, H800)
     assert predict(half, costs).rollout > 2 * predict(WORK, costs).rollout
 

@@ -7,6 +7,7 @@ import json
 import shutil
 import threading
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,7 @@ from or1_megatron.profiling.spans import Count, Record, Span
 from or1_megatron.profiling.trace import trace_text
 from or1_megatron.recipe import load
 from or1_megatron.report.advice import advice
+from or1_megatron.report.page import page
 from or1_megatron.report.rundata import read_run, tail_of
 from or1_megatron.report.write import report, watch
 from or1_megatron.runfolder import RunFolder
@@ -27,12 +29,13 @@ EVIL = "<script>window.pwned = 1</script><img src=x onerror='window.pwned=1'> \\
 SECOND = 1_000_000_000
 
 
-def make_run(root: Path, name: str, steps: int = 6, rollout_s: float = 7.0) -> Path:
-    words = [f"name={name}", f"run_dir={root / name}", "model.path=model", "rollout.group_size=2"]
+def make_run(root: Path, name: str, steps: int = 6, rollout_s: float = 7.0, words: Sequence[str] = ()) -> Path:
+    words = [f"name={name}", f"run_dir={root / name}", "model.path=model", "rollout.group_size=2", *words]
     (root / "recipe.yaml").write_text("steps: 6\n")
     run = RunFolder.create(load(root / "recipe.yaml", words))
     for step in range(1, steps + 1):
         run.log_metrics(step, {
+            "stage": 1 + (step > 2),
             "reward/mean": step / 10, "entropy/signal": 0.5 - step / 20, "entropy/c": 0.01, "entropy/alpha": 0.0,
             "length/mean": 100 + step, "length/max": 400, "truncated": 0.2, "clip_fraction": 0.01 * step,
             "grad_norm": 2.0, "mismatch/mean": 0.02, "mismatch/max": 0.3, "mismatch/ess": 0.9, "mfu": 0.3,
@@ -81,11 +84,36 @@ def test_tables_advice_and_tail(tmp_path: Path):
     assert [(example.verdict, example.reward) for example in run.examples] == [("correct", 1), ("correct", 1)] + [
         ("wrong", 0)
     ] * 2
-    path, page = report([run.folder.path], tmp_path / "out")[::-1]
+    path, written_page = report([run.folder.path], tmp_path / "out")[::-1]
     written = json.loads(path.read_text())[0]
     assert written["series"]["reward/mean"][2] == [3, 0.3] and written["tail"]["rollouts"] == 1
-    text = page.read_text()
+    text = written_page.read_text()
     assert len(text) < 2_000_000 and "<script" not in text and "http" not in text.replace("http-equiv", "")
+
+
+def test_the_stages_that_ran_are_told(tmp_path: Path):
+    table = "stages=[{until: 2, context_length: 4096}, {until: 6, rollout_batch_size: 32, mini_batch_size: 16}]"
+    run = read_run(
+        make_run(tmp_path, "staged", words=[table, "rollout.context_length=8192", "loss.old_log_probs=engine"])
+    )
+    text = page([run])
+    assert "D_R 32, gs 2, T 8192 in stage 2 of 2" in text and "(1, 64, 64, 1), then (2, 32, 16, 1)" in text
+    assert "(1, 64, 64, 1)<" in page([read_run(make_run(tmp_path, "plain"))])
+
+
+def test_what_a_resume_took_back_is_not_shown_and_the_last_evaluation_counts(tmp_path: Path):
+    folder = RunFolder.open(make_run(tmp_path, "resumed"))
+    folder.rewind(1)
+    folder.log_metrics(1, {"seconds/evaluation": 36.0, "seconds/sync": 1.0})
+    run = read_run(folder.path)
+    assert len(run.lengths) == 8, "those of step 1 only"
+    assert run.hours()["evaluation"] == pytest.approx(0.01)
+    folder.close()
+
+
+def test_with_an_overlap_nothing_is_said_of_the_tail(tmp_path: Path):
+    words = ["rollout.overlap=true", "loss.old_log_probs=engine"]
+    assert read_run(make_run(tmp_path, "ahead", words=words)).tail is None
 
 
 def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

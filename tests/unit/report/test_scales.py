@@ -22,9 +22,11 @@ def test_whole_ticks_are_steps_of_the_run():
 
 def test_positions_labels_and_thinning():
     assert Scale(0, 10, 100, 200)(2.5) == 125
-    assert [short(v) for v in (0, 0.25, 12, 3400, 34_000, 2e6, 2e-6, -0.5)] == [
-        "0", "0.25", "12", "3.4e+03", "34k", "2M", "2e-6", "-0.5",
+    numbers = (0, 0.25, 12, 999.6, 3400, 9999.4, 34_000, 999_999, 2e6, 2e-6, -0.5)
+    assert [short(v) for v in numbers] == [
+        "0", "0.25", "12", "1000", "3400", "9999", "34k", "1M", "2M", "2e-6", "-0.5",
     ]  # fmt: skip
     points = [(float(i), float(i % 2)) for i in range(1000)]
     few = thinned(points, 300)
+    assert thinned(points, 300, largest=True)[0] == (1.5, 1.0)
     assert len(few) == 250 and few[0] == (1.5, 0.5) and thinned(points[:300], 300) == points[:300]
