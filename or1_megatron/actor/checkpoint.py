@@ -46,7 +46,7 @@ def initialise_state(optimizer: Any) -> None:
         group["fused"] = True  # one pass over each parameter, without temporaries of its size
         for parameter in group["params"]:
             part.optimizer.state[parameter] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -109,4 +109,4 @@ def load(directory: Path, model: Any, optimizer: Any, mesh: Mesh) -> None:
 
 
 def _holds_generators(directory: Path, key: str) -> bool:
-    return any(name.startswith(key) for name in load_sharded_metadata(str(directory)))
+    return any(name.startswith(f"{key}/") for name in load_sharded_metadata(str(directory)))

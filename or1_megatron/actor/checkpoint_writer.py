@@ -19,12 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
 from or1_megatron.errors import UserError
+from or1_megatron.parallel.device import has_cuda
 from or1_megatron.parallel.file_sums import FileSums, file_sum
 
 _FORK = multiprocessing.get_context("fork")
@@ -46,7 +48,10 @@ class CheckpointWriter:
         self._process: Any = None
         if request.async_fn is not None:
             buckets = request.async_fn_args[1]
-            arguments = (request.async_fn.args[0], request.preload_fn(), self._results, os.getpid())
+            staged = request.preload_fn()
+            # On a GPU pinned memory, which a fork shares: once let go of, it would be given out and written over.
+            self._staged = staged if has_cuda() else None
+            arguments = (request.async_fn.args[0], staged, self._results, os.getpid())
             self._process = _FORK.Process(target=_write, args=arguments, daemon=True)
             self._process.start()
             # Only their number is still asked for, and they hold copies of the weights.
@@ -61,14 +66,16 @@ class CheckpointWriter:
         """Waits, writes the metadata; this rank's files. Raises UserError on all ranks when one could not write."""
         if self._process is not None:
             self._process.join()
+            self._staged = None
             self._results.exit_code = self._process.exitcode
         try:
             for finalize in self._finalize:
                 finalize()
         except CheckpointException as error:
-            reasons = sorted({str(failure[0]) for failure in error.failures.values()})
+            reasons = [sorted({str(failure[0]) for failure in error.failures.values()})]
+            torch.distributed.broadcast_object_list(reasons, src=0)  # the only rank that is told
             raise UserError(
-                f"the checkpoint {self._directory} could not be written: {'; '.join(reasons)}; "
+                f"the checkpoint {self._directory} could not be written: {'; '.join(reasons[0])}; "
                 "make room there, or move the run folder elsewhere and resume that"
             ) from None
         return self._results.sums

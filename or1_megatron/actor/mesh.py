@@ -5,6 +5,7 @@ Everything else takes groups as arguments.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from megatron.core import parallel_state, tensor_parallel
@@ -41,7 +42,7 @@ def build_mesh(dims: Dims, rank: int, seed: int, timeout_s: float) -> Mesh:
         tensor_model_parallel_size=dims.tp,
         pipeline_model_parallel_size=dims.pp,
         context_parallel_size=dims.cp,
-        distributed_timeout_minutes=max(1, int(timeout_s // 60)),
+        distributed_timeout_minutes=math.ceil(timeout_s / 60),
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
     coordinates = dims.coordinates(rank)

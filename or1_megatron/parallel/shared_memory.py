@@ -14,11 +14,11 @@ from or1_megatron.errors import UserError
 _DIRECTORY = Path("/dev/shm")
 
 
-def create(size: int) -> Path:
+def create(size: int, otherwise: str = "set rollout.transport=ray") -> Path:
     """A file of `size` bytes of shared memory for `attach`; the caller unlinks it when all processes have attached.
 
     The bytes are reserved now: without that, a full /dev/shm would kill the process that first writes to it. Raises
-    UserError when there is no room.
+    UserError when there is no room, with `otherwise` as the advice.
     """
     handle, name = tempfile.mkstemp(prefix="or1-weights-", dir=_DIRECTORY)
     try:
@@ -27,7 +27,7 @@ def create(size: int) -> Path:
         os.unlink(name)
         raise UserError(
             f"{_DIRECTORY} has no room for {size / 2**20:.0f} MiB of weights ({error.strerror}); make it larger, or "
-            "set rollout.transport=ray"
+            f"{otherwise}"
         ) from None
     finally:
         os.close(handle)

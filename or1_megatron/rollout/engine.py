@@ -118,10 +118,8 @@ class Engine:
         self._tied = bool(hf_config.tie_word_embeddings)
         path = Path(spec.model_path)
         architecture = read_architecture(path)
-        shapes = hf_shapes(architecture)
-        self._checkpoint_names = set(shapes)
-        run = self._llm.collective_rpc
-        self._shared = SharedWeights(run, shapes, _DTYPES[spec.dtype]) if spec.tensor_parallel > 1 else None
+        self._shapes = hf_shapes(architecture)
+        self._shared: SharedWeights | None = None
         if is_megatron(path):  # vLLM cannot read it and has started on dummy weights
             with MegatronWeights(path, architecture) as weights:
                 self.load_weights(all_tensors(weights, architecture), version=0)
@@ -176,13 +174,15 @@ class Engine:
         RunFailure when a tensor of the checkpoint is missing: vLLM would go on with the old one.
         """
         assert "engine weights" in self._resident, "weights pushed to an engine that has released their memory"
-        missing = set(self._checkpoint_names)
+        missing = set(self._shapes)
 
         def received() -> Iterator[tuple[str, torch.Tensor]]:
             for name, tensor in tensors:
                 missing.discard(name)
                 yield name, tensor
 
+        if self.spec.tensor_parallel > 1 and not self._shared:  # as large as the model, and only needed here
+            self._shared = SharedWeights(self._llm.collective_rpc, self._shapes, _DTYPES[self.spec.dtype])
         with torch.no_grad():
             if self._shared:
                 self._shared.write(received())
@@ -207,7 +207,7 @@ class Engine:
     def take_weights(self, plan: Plan, version: int, *, checksums: bool) -> list[dict[str, int]]:
         """Replaces all weights by what the processes receive; the sums of receiver.take of each."""
         assert "engine weights" in self._resident, "weights pushed to an engine that has released their memory"
-        assert set(names(plan)) == self._checkpoint_names, "the plan is of another checkpoint"
+        assert set(names(plan)) == self._shapes.keys(), "the plan is of another checkpoint"
         sums = self.in_workers(receiver.take, self._tied, self._seed_of(version), checksums)
         self._llm.reset_prefix_cache()
         self.weight_version = version

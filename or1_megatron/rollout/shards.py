@@ -24,7 +24,7 @@ class SharedWeights:
         self._run = run
         size = sum(4096 + dtype.itemsize * torch.Size(shape).numel() for shape in shapes.values())
         (slots,), size = plan_buckets(shapes, dtype, bucket_bytes=size)
-        path = shared_memory.create(size)
+        path = shared_memory.create(size, otherwise="set rollout.transport=gloo (nccl with GPUs)")
         try:
             data = shared_memory.attach(path)
             run(_attach, args=(path, slots))
