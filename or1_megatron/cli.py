@@ -13,7 +13,7 @@ import textwrap
 
 from or1_megatron.arguments import build_parser
 from or1_megatron.commands import COMMANDS
-from or1_megatron.errors import RunFailure, StopRequested, UserError
+from or1_megatron.errors import DISK_FULL, RunFailure, StopRequested, UserError
 
 # Of a file or folder that the user named.
 _UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
         if error.errno in _UNUSABLE and error.filename:
             print(f"or1: error: {error.filename}: {error.strerror}", file=sys.stderr)
             return UserError.exit_code
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FULL:
             raise
         place = f" at {error.filename}" if error.filename else ""
         print(f"or1: error: the disk is full{place}; free some space or set runs_dir to another disk", file=sys.stderr)

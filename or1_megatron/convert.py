@@ -7,8 +7,6 @@ under its own name it is complete. Tensors stream through: what is in memory is 
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import re
@@ -19,12 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from math import prod
 from pathlib import Path
+from typing import IO
 
 import torch
 
 from or1_megatron.architecture import Architecture, read_architecture
 from or1_megatron.display import heartbeat
-from or1_megatron.errors import UserError
+from or1_megatron.errors import DISK_FULL, UserError
+from or1_megatron.parallel.file_sums import sync, take_lock
 from or1_megatron.parallel.hf_files import HFWeights, write_hf
 from or1_megatron.parallel.layout import hf_shapes
 from or1_megatron.parallel.megatron_files import FORMAT_FILES, MegatronWeights
@@ -32,9 +32,9 @@ from or1_megatron.parallel.megatron_writer import write_megatron
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUM_THREADS = min(4, os.cpu_count() or 1)
+_LOCK = ".lock"
 _SLACK_BYTES = 64 << 20  # beside the weights: tokenizer, index, headers
 _WEIGHT_FILES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".distcp")
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def hf_to_megatron(hf: Path, out: Path) -> None:
@@ -129,7 +129,7 @@ def _copy_others(source: Path, directory: Path) -> None:
             continue
         if not file.name.endswith(_WEIGHT_FILES):
             shutil.copyfile(file, directory / file.name)
-            _sync(directory / file.name)
+            sync(directory / file.name)
 
 
 def _set_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
@@ -139,7 +139,7 @@ def _set_dtype(config: Path, dtypes: set[torch.dtype]) -> None:
     named = [key for key in ("dtype", "torch_dtype") if key in values]
     if len(dtypes) == 1 and any(values[key] != name for key in named):
         config.write_text(json.dumps(values | dict.fromkeys(named, name), indent=2) + "\n")
-        _sync(config)
+        sync(config)
 
 
 @contextmanager
@@ -152,49 +152,39 @@ def _published(out: Path, num_bytes: int) -> Iterator[Path]:
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be made: {error.strerror} ({error.filename})") from None
-    lock = os.open(partial, os.O_RDONLY)
-    try:
+    with (partial / _LOCK).open("a+") as lock:
         _take_over(partial, lock)
         try:
             free = shutil.disk_usage(partial).free
             if free < num_bytes + _SLACK_BYTES:
                 raise UserError(_disk_full(out, f"it takes {num_bytes / 1e9:.2f} GB and {free / 1e9:.2f} GB are free"))
             yield partial
-            os.fsync(lock)
+            sync(partial)
             partial.rename(out)
-            _sync(out.parent)
+            (out / _LOCK).unlink()
+            sync(out)
+            sync(out.parent)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            if error.errno in _FULL:
+            if error.errno in DISK_FULL:
                 raise UserError(_disk_full(out, str(error.strerror))) from None
             raise
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-    finally:
-        os.close(lock)
 
 
 def _disk_full(out: Path, reason: str) -> str:
     return f"--out {out}: disk full, {reason}; free some space or choose another disk"
 
 
-def _take_over(partial: Path, lock: int) -> None:
+def _take_over(partial: Path, lock: IO) -> None:
     """Locks the directory and removes what a killed conversion left in it."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another process is writing {partial}; wait for it or choose another --out") from None
+    if not take_lock(lock):
+        raise UserError(f"another process is writing {partial}; wait for it or choose another --out")
     for left in partial.iterdir():
-        left.unlink()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        if left.name != _LOCK:
+            left.unlink()
 
 
 @contextmanager

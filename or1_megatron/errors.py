@@ -6,7 +6,10 @@ has been written. `RunFailure`: a part of a running system died or disagreed; ex
 
 from __future__ import annotations
 
+import errno
 from typing import Any
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk itself, a quota, a file's largest size
 
 
 def either(numbers: list[int]) -> str:

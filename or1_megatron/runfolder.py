@@ -21,7 +21,6 @@ metrics.jsonl grows in place; `rewind` drops the torn last line that a crash may
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -37,7 +36,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError
-from or1_megatron.parallel.file_sums import published
+from or1_megatron.parallel.file_sums import published, take_lock
 from or1_megatron.recipe import load, to_yaml
 from or1_megatron.responses import write_responses
 from or1_megatron.types import Group
@@ -274,18 +273,14 @@ class _Driver(NamedTuple):
 
 
 def _lock(file: TextIO) -> _Driver | None:
-    """None when this process has the lock now, or there are no locks; else who has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        try:
-            return _Driver(*json.loads(file.read()))
-        except (ValueError, TypeError):  # it has only just begun
-            return _Driver("an unknown host", 0, "")
-    except OSError:
+    """None when this process has the lock now; else who has it."""
+    if take_lock(file):
         return None
-    return None
+    file.seek(0)
+    try:
+        return _Driver(*json.loads(file.read()))
+    except (ValueError, TypeError):  # it has only just begun
+        return _Driver("an unknown host", 0, "")
 
 
 def _finite(value: Any) -> Any:

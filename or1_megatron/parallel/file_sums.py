@@ -1,13 +1,16 @@
-"""Files that are there in full or not at all; size and CRC-32 of those of a checkpoint, which tell a damaged one."""
+"""Files that are there in full or not at all, and for one process at a time; size and CRC-32 of those of a checkpoint,
+which tell a damaged one."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import IO
 
 FileSums = dict[str, tuple[int, int]]  # path below the checkpoint -> bytes, CRC-32
 
@@ -59,3 +62,15 @@ def published(path: Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
     sync(path.parent)
+
+
+def take_lock(file: IO) -> bool:
+    """Whether nobody else has the lock of this open, writable file: no other process, and on file systems of several
+    hosts (where the lock of a folder would hold on one host only) of no other host. True where there are no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

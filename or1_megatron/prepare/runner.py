@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -17,12 +16,12 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from or1_megatron.errors import UserError
-from or1_megatron.parallel.file_sums import sync
+from or1_megatron.errors import DISK_FULL, UserError
+from or1_megatron.parallel.file_sums import sync, take_lock
 from or1_megatron.prepare.card import write_card
 from or1_megatron.prepare.execute import DROPS, ROWS, Execution, Outcome
 from or1_megatron.prepare.graph import order, step_key
@@ -33,8 +32,8 @@ from or1_megatron.prepare.summary import StepCounts
 from or1_megatron.prepare.tables import FORMAT, StoredTable
 from or1_megatron.prepare.training_file import write_training_file, written_key
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _FORMAT_FILE = "format.json"
+_LOCK = ".lock"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +169,7 @@ def _errors_told(what: str, place: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = error.filename or place
-        if error.errno in _FULL:
+        if error.errno in DISK_FULL:
             raise UserError(
                 f"{what}: the disk is full at {where}; free some space, or name another disk with cache=DIR or "
                 "write.path=FILE, then run the same again: finished steps and batches are kept"
@@ -208,8 +207,8 @@ def _step(
             out.rename(folder)
         except BaseException:
             _remove(out)  # gives its space back; journal and scratch stay
-            with suppress(OSError):
-                partial.rmdir()  # nothing to go on with
+            if not any(path.name != _LOCK for path in partial.iterdir()):
+                _remove(partial)  # nothing to go on with
             raise
         sync(folder.parent)
         _remove(partial)
@@ -219,14 +218,10 @@ def _step(
 @contextmanager
 def _locked(partial: Path, name: str) -> Iterator[None]:
     partial.mkdir(exist_ok=True)
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with (partial / _LOCK).open("a+") as lock:
+        if not take_lock(lock):
+            raise UserError(f"step {name}: another process is at it in {partial}; wait for that one")
         yield
-    except BlockingIOError:
-        raise UserError(f"step {name}: another process is at it in {partial}; wait for that one") from None
-    finally:
-        os.close(lock)
 
 
 def _remove(folder: Path) -> None:
