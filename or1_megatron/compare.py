@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import warnings
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 from pathlib import Path
 
@@ -78,7 +79,13 @@ def _compare_logits(a: Path, b: Path, architecture: Architecture, prompt: str) -
         return ["the prompt's tokens"]
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
-        x_TV, y_TV = (pool.submit(_logits, path, tokens).result() for path in (a, b))
+        try:
+            x_TV, y_TV = (pool.submit(_logits, path, tokens).result() for path in (a, b))
+        except BrokenProcessPool:
+            raise RunFailure(
+                "the process that computes logits was killed, for memory most likely (4 bytes a parameter); with "
+                "--no-logits only the bits are compared"
+            ) from None
     scale, error = float(np.abs(x_TV).max()), float(np.abs(x_TV - y_TV).max())
     same = error <= TOLERANCE * scale
     told = f"max |difference| {error:.2g} of max |logit| {scale:.3g}"

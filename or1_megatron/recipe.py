@@ -40,7 +40,7 @@ def layers(path: Path, inheriting: tuple[Path, ...]) -> list[tuple[str, dict]]:
         raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/")
     try:
         tree = yaml.load(path.read_text(), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8, a date that there is not
         raise UserError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"recipe {path} holds a {type(tree).__name__}; it must be a mapping of configuration keys")
@@ -83,13 +83,22 @@ def override_tree(text: str) -> tuple[str, dict]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise UserError(f"override {text!r} is not key=value, e.g. optimizer.lr=1e-6")
-    try:
-        leaf: Any = yaml.load(value, _Loader) if value else ""
-    except yaml.YAMLError:
-        leaf = value
+    leaf = _value(value)
     for part in reversed(name.split(".")):
         leaf = {part: leaf}
     return f"override {text!r}", leaf
+
+
+def _value(text: str) -> Any:
+    """A number, true, false, null, a [list], a {mapping} or "quoted text" as YAML reads them; else the text as it is,
+    whose blanks, lines, colons and # YAML would take for its own."""
+    try:
+        found = yaml.load(text, _Loader)
+    except (yaml.YAMLError, ValueError):
+        return text
+    marked = text.lstrip()[:1] in ("[", "{", '"', "'")
+    null = found is None and text.strip() in ("null", "~")
+    return found if marked or null or isinstance(found, bool | int | float) else text
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[str]:

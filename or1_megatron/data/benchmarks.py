@@ -58,6 +58,10 @@ def benchmark_rows(benchmark: str, folder: Path | None) -> Iterator[tuple[str, d
             f"benchmark {benchmark!r} is not one of {', '.join(NAMES)}, nor a .json, .jsonl or .parquet file, nor a "
             "hub id OWNER/NAME[:FILE]"
         )
+    if len(folders := sorted({path.parent.name for path in paths})) > 1:
+        raise UserError(
+            f"benchmark {benchmark} has sets of its own in {', '.join(folders)}; name one: {benchmark}:FOLDER/PATTERN"
+        )
     for path in paths:
         if not path.is_file():
             raise UserError(
@@ -67,8 +71,11 @@ def benchmark_rows(benchmark: str, folder: Path | None) -> Iterator[tuple[str, d
             place = f"{path} {where}"
             if isinstance(row, BadRow):
                 raise UserError(f"{place} is {row.reason}: {row.detail}")
-            if wanted(row):
-                yield place, {"data_source": benchmark, **problem(place, row)}
+            try:
+                if wanted(row):
+                    yield place, {"data_source": benchmark, **problem(place, row)}
+            except (LookupError, TypeError, AttributeError) as error:
+                raise UserError(f"{place}: fields of no known form ({type(error).__name__}: {error})") from None
 
 
 def _every(row: dict[str, Any]) -> bool:

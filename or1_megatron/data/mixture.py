@@ -51,10 +51,11 @@ class PromptMixture:
             self._streams[i].drop(dropped)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sources": [stream.state_dict() for stream in self._streams], "taken": list(self._taken)}
+        sources = [stream.state_dict() for stream in self._streams]
+        return {"sources": sources, "taken": list(self._taken), "weights": self._weights}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Raises UserError when the sources are not those of the checkpoint."""
+        """Other weights than the checkpoint's count from now on. Raises UserError when the sources are not its own."""
         if len(state["sources"]) != len(self._streams):
             raise UserError(
                 f"data.train has {len(self._streams)} weighted sources, the checkpoint was made with "
@@ -62,4 +63,5 @@ class PromptMixture:
             )
         for stream, saved in zip(self._streams, state["sources"], strict=True):
             stream.load_state_dict(saved)
-        self._taken = list(state["taken"])
+        if state.get("weights", self._weights) == self._weights:
+            self._taken = list(state["taken"])

@@ -51,7 +51,7 @@ def load_tokenizer(model: str, architecture: Architecture) -> PreTrainedTokenize
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
         raise UserError(
             f"{model}: no usable tokenizer ({str(error).splitlines()[0]}); copy the tokenizer files"
         ) from None
@@ -153,6 +153,10 @@ def _prompt(
 ) -> Prompt:
     text = _text(place, row.get("prompt"), tokenizer, instruction_suffix)
     gold = _ground_truth(place, row)
+    try:
+        "".join((text, *gold)).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{place}: {error.object[error.start]!r} in prompt or answer is half a sign; mend it") from None
     tokens = tokenizer.encode(text, add_special_tokens=False)
     if len(tokens) >= context_length:
         raise UserError(

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ def _json_rows(file: BufferedIOBase) -> Iterator[tuple[str, dict[str, Any] | Bad
         if end < 0:
             if isinstance(value, ValueError) or in_list != closed:
                 raise ValueError(f"row {number + 1}: {value or 'the list is not closed'}")
+            if closed and (text[position + 1 :] + decode(file.read(_CHUNK))).strip():
+                raise ValueError(f"behind the list of {number} rows there is more")
             return
         number += 1
         try:
@@ -173,7 +176,8 @@ def hub_files(name: str, patterns: list[str]) -> list[Path]:
             f"data set {identity} could not be had from the hub ({type(error).__name__}: {reason}); on a machine "
             "without network give its file instead"
         ) from None
-    paths = sorted({path for pattern in patterns for path in folder.rglob(pattern) if path.is_file()})
+    below = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = [path for name, path in below.items() if any(fnmatch(name, pattern) for pattern in patterns)]
     if not paths:
         raise UserError(f"data set {identity}: no file of it matches {' or '.join(patterns)}; use {identity}:FILE")
     return paths

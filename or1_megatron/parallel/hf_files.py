@@ -141,7 +141,7 @@ def _files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, AttributeError, TypeError):
             raise UserError(f"{index} is not a readable index; copy or download it again") from None
         absent = [name for name in names if not (path / name).is_file()]
         if absent:

@@ -174,7 +174,7 @@ def _read_metadata(path: Path) -> Metadata:
     try:
         with file.open("rb") as stream:
             metadata = _MetadataUnpickler(stream).load()
-    except (OSError, pickle.UnpicklingError, EOFError, AttributeError, ImportError) as error:
+    except (*UNREADABLE, AttributeError, ImportError, IndexError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); copy or save the checkpoint again") from None
     if not isinstance(metadata, Metadata):
         raise UserError(f"{file} holds a {type(metadata).__name__}, not a checkpoint's metadata")

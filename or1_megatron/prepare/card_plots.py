@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -130,7 +131,8 @@ def difficulty_plot(summary: Summary) -> bytes | None:
 
 
 def _numbers(counts: Counter[Any]) -> list[float]:
-    return [float(value) for value, count in counts.items() if not isinstance(value, str) for _ in range(count)]
+    numbers = [(float(value), count) for value, count in counts.items() if not isinstance(value, str)]
+    return [value for value, count in numbers if math.isfinite(value) for _ in range(count)]
 
 
 def overlaps_plot(found: Counter[tuple[str, str]]) -> bytes:

@@ -95,8 +95,10 @@ class TableWriter:
 
 
 def _row_bytes(rows: pa.Table) -> list[int]:
-    """Bytes of text in each row."""
+    """Bytes of text in each row, but for that in lists."""
     total = np.zeros(rows.num_rows, np.int64)
+    while any(pa.types.is_struct(column.type) for column in rows.columns):
+        rows = rows.flatten()
     for column in rows.columns:
         if pa.types.is_string(column.type):
             lengths = compute.call_function("binary_length", [column])

@@ -43,6 +43,22 @@ def test_off_is_a_word_where_words_are_wanted(recipe: Path):
     assert load(recipe).loss.rejection
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["\nThink. Answer after #### at the end. ", "Answer: yes", "a\n\nb", " # no comment", "2025-02-30", "2025-02-03",
+     "- a", "it's", " ", "0x_", "{x} is the answer"],
+)  # fmt: skip
+def test_text_is_taken_as_it_stands(recipe: Path, text: str):
+    assert load(recipe, [f"data.instruction_suffix={text}"]).data.instruction_suffix == text
+
+
+def test_marked_values_are_read_as_in_a_recipe(recipe: Path):
+    words = ['data.instruction_suffix="\\n1"', 'rollout.stop=["}", x]', "entropy.initial=1e-3", "name='7'"]
+    config = load(recipe, words)
+    assert (config.data.instruction_suffix, config.rollout.stop, config.name) == ("\n1", ["}", "x"], "7")
+    assert config.entropy.initial == 1e-3 and load(recipe, ["data.instruction_suffix="]).data.instruction_suffix == ""
+
+
 def test_every_key_is_documented():
     keys = all_keys()
     assert len(keys) > 50
@@ -62,6 +78,7 @@ def test_every_key_is_documented():
         ("steps=many", "steps"),
         ("model.dtype=fp16", "model.dtype='fp16' is not one of fp32, bf16"),
         ("steps=0", "steps=0 must be above 0"),
+        ("name=Qwen/Qwen2", "is part of a folder's name"),
         ("deadline_minutes=0", "deadline_minutes=0.0 must be above 0"),
         ("max_restarts=-1", "max_restarts=-1 must be 0 or more"),
         ("evaluation.temperatures=[0,1]", "at 0 every response is the same"),

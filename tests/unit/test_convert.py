@@ -198,6 +198,10 @@ def test_bad_files_are_named(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a readable safetensors file"):
         hf_to_megatron(hf, tmp_path / "out")
     weights.write_bytes(whole)
+    (hf / "model.safetensors.index.json").write_text("[]")
+    with pytest.raises(UserError, match="is not a readable index"):
+        hf_to_megatron(hf, tmp_path / "out")
+    (hf / "model.safetensors.index.json").unlink()
     (hf / "config.json").write_text(json.dumps({**config, "model_type": "mixtral"}))
     with pytest.raises(UserError, match="'mixtral' is not supported; known families: llama, qwen2, qwen3"):
         hf_to_megatron(hf, tmp_path / "out")
@@ -228,7 +232,8 @@ def test_bad_megatron_directories_are_named(tiny: Path, tmp_path: Path) -> None:
         megatron_to_hf(torn, torn, tmp_path / "out")
     # What is no pickle, and pickles that call os.system: by name, and through a module that is allowed.
     through = b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x09os.system\x93\x8c\x04true\x85R."
-    for text in (b"no pickle", b"cos\nsystem\n(Vtrue\ntR.", through):
+    # And what is not whole: an unknown protocol, a text that is no UTF-8, an index of the memo that is empty.
+    for text in (b"no pickle", b"cos\nsystem\n(Vtrue\ntR.", through, b"\x80\x7f", b"\x8c\x01\xff.", b"h\x07."):
         (torn / ".metadata").write_bytes(text)
         with pytest.raises(UserError, match=r"\.metadata cannot be read"):
             megatron_to_hf(torn, torn, tmp_path / "out")

@@ -65,7 +65,11 @@ class Endpoint:
         stop: threading.Event | None = None,
     ):
         """patience_s: how long a request is tried. stop: set by whoever gives up; waiting threads raise Stopped."""
-        if not url.startswith(("http://", "https://")):
+        try:
+            sound = httpx.URL(url).host and url.startswith(("http://", "https://"))
+        except httpx.InvalidURL:
+            sound = False
+        if not sound:
             raise UserError(f"endpoint {url!r} is no http:// or https:// address, e.g. http://127.0.0.1:8000/v1")
         self.model, self._key, self._patience_s = model, key, patience_s
         self._address = url.rstrip("/") + "/chat/completions"

@@ -180,7 +180,7 @@ def _origin(path: Path) -> str:
 
 
 def _apps_folder(folder: Path) -> dict[str, Any] | BadRow:
-    row: dict[str, Any] = {"problem_id": folder.name, "input_output": "", "solutions": ""}
+    row: dict[str, Any] = {"problem_id": f"{folder.parent.name}/{folder.name}", "input_output": "", "solutions": ""}
     names = {"question": _APPS_QUESTION, "solutions": "solutions.json", "input_output": "input_output.json"}
     try:
         for field_name, name in {**names, "starter_code": "starter_code.py"}.items():

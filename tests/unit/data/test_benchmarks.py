@@ -65,6 +65,21 @@ def test_bad_benchmarks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         list(benchmark_rows("openai/gsm8k", None))
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": [], "reward_model": {}},
+        {"prompt": [{"role": "user", "content": None}], "reward_model": {}},
+        {"prompt": [{"role": "user", "content": [{"type": "text"}]}], "reward_model": {}},
+        {"test": "def check(f): pass", "entry_point": "f"},
+        {"text": "Add.", "test_list": [1]},
+    ],
+)
+def test_rows_of_other_forms_are_named(row: dict, tmp_path: Path):
+    with pytest.raises(UserError, match=r"x.jsonl line 1: fields of no known form \("):
+        list(benchmark_rows(write(tmp_path / "x.jsonl", [row]), None))
+
+
 PLAIN = "def check(candidate):\n    assert candidate(n = 1) == [1, 2]\n"
 
 

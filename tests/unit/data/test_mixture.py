@@ -47,6 +47,14 @@ def test_a_resumed_mixture_goes_on_as_if_never_stopped(cut: int):
         PromptMixture([MATH], [1.0], seed=5).load_state_dict(first.state_dict())
 
 
+def test_other_weights_count_from_a_resume_on():
+    first = PromptMixture([MATH, CODE], [9.0, 1.0], seed=5)
+    first.take(1000)
+    second = PromptMixture([MATH, CODE], [1.0, 1.0], seed=5)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    assert sum(prompt in CODE for prompt in second.take(100)) == 50
+
+
 def test_an_emptied_source_leaves_its_share():
     mixture = make()
     mixture.take(5)

@@ -58,6 +58,8 @@ def test_parquet_equals_jsonl(tmp_path: Path, tokenizer) -> None:
         ({"reward_model": {"ground_truth": "1"}}, "line 2: prompt='None' is neither"),
         ({"prompt": [{"role": "user", "content": None}]}, "line 2: prompt=.* is neither"),
         ({"prompt": "x", "reward_model": {"ground_truth": ""}}, "line 2: reward_model.ground_truth=''"),
+        ({"prompt": "cut \ud83d", "reward_model": {"ground_truth": "1"}}, r"line 2: .*ud83d.* is half a sign"),
+        ({"prompt": "x", "reward_model": {"ground_truth": "\ud83d"}}, r"line 2: .*ud83d.* is half a sign"),
         ({"prompt": "x" * 80, "reward_model": {"ground_truth": "1"}}, "line 2: the prompt has 80 tokens"),
     ],
 )

@@ -13,7 +13,8 @@ import pytest
 from pyarrow import parquet
 
 from or1_megatron.data import rows
-from or1_megatron.data.rows import BadRow, is_hub_name, origin_of, read_rows
+from or1_megatron.data.benchmarks import benchmark_rows
+from or1_megatron.data.rows import BadRow, hub_files, is_hub_name, origin_of, read_rows
 from or1_megatron.errors import UserError
 
 
@@ -76,6 +77,7 @@ def test_a_bad_row_is_told_and_passed_over(tmp_path: Path):
         ("a.json", b'[{"a": 1}, {"a": ', r"a.json cannot be read: row 2: Expecting value.*; get the file anew"),
         ("a.json", b'[{"a": 1}', r"row 2: the list is not closed"),
         ("a.json", b'{"a": 1} <html>', r"row 2: Expecting value"),
+        ("a.json", b'[{"a": 1}, {"a": 2}]\n[{"a": 3}]\n', r"behind the list of 2 rows there is more"),
         ("a.jsonl", '{"a": 1}'.encode("utf-16"), "it is UTF-16, not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 999, mtime=0)[:40], "a.jsonl.gz cannot be read"),
         ("a.jsonl.gz", b'{"a": 1}', "cannot be read: Not a gzipped file"),
@@ -110,3 +112,15 @@ def test_names_on_the_hub_and_origins():
     cached = Path("/cache/datasets--AI-MO--NuminaMath-1.5/snapshots/0123456789abcdef/data/train-0.parquet")
     assert origin_of(cached) == "AI-MO/NuminaMath-1.5@0123456789ab:data/train-0.parquet"
     assert origin_of(Path("here/train.jsonl")) == "here/train.jsonl"
+
+
+def test_files_of_a_data_set_on_the_hub_by_their_whole_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("main/test-0.parquet", "data/test/0.parquet", "data/train/0.parquet"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    found = [str(path.relative_to(tmp_path)) for path in hub_files("o/n", ["*test*.parquet"])]
+    assert found == ["data/test/0.parquet", "main/test-0.parquet"]
+    assert hub_files("o/n:main/*", ["*"]) == [tmp_path / "main/test-0.parquet"]
+    with pytest.raises(UserError, match="has sets of its own in main, test; name one: o/n:FOLDER/PATTERN"):
+        list(benchmark_rows("o/n", None))

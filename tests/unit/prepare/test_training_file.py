@@ -80,3 +80,13 @@ def test_a_row_that_cannot_be_trained_on_is_named(tmp_path: Path, change: dict, 
 def test_nothing_left(tmp_path: Path):
     with pytest.raises(UserError, match="no row is left"):
         write_training_file(stored(tmp_path / "t", []), tmp_path / "train.parquet", "", "key")
+
+
+def test_groups_of_rows_are_bounded_by_their_tests_too(tmp_path: Path):
+    """A group is in memory as a whole, and a column of more than 2 GiB cannot be written."""
+    tests = json.dumps({"inputs": ["1" * 2**20], "outputs": ["2"]})
+    rows = [{**ROWS[2], "uid": f"b/{number}", "answer": tests} for number in range(70)]
+    out = tmp_path / "train.parquet"
+    write_training_file(stored(tmp_path / "t", rows), out, "", "key")
+    with parquet.ParquetFile(out) as file:
+        assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == [32, 32, 6]

@@ -264,8 +264,9 @@ def test_a_problem_that_the_server_does_not_take(tmp_path: Path):
 
 
 def test_what_is_no_server(tmp_path: Path):
-    with pytest.raises(UserError, match="'localhost:8000' is no http"):
-        outcome(options_at("localhost:8000"), tmp_path)
+    for address in ("localhost:8000", "http://h:8000:8000/v1"):
+        with pytest.raises(UserError, match=f"'{address}' is no http"):
+            outcome(options_at(address), tmp_path)
     with Server(lambda number, body: (200, {})) as server, pytest.raises(UserError, match="no chat completion"):
         outcome(options(server), tmp_path)
     with pytest.raises(UserError, match="ConnectError"):
