@@ -25,6 +25,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import subprocess
 import sys
 import time
@@ -164,7 +165,7 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
         if self.config.wandb:
-            self._wandb_run().log(metrics, step=step)
+            self._wandb_run().log({"step": step, **metrics})
         writer = self._writer()
         for name, value in metrics.items():
             if name != "step" and isinstance(value, int | float):
@@ -245,14 +246,19 @@ class RunFolder:
             self._wandb = None
 
     def _wandb_run(self) -> Any:
-        """The run of the same name; a resumed run goes on with it."""
+        """The folder's own run; a resumed run goes on with it. The step is a metric among others: W&B's own count
+        only ever grows, and drops what a run does again after a resume."""
         if self._wandb is None:
             import wandb  # pyright: ignore[reportMissingImports]  (an extra)
 
-            settings = {"project": self.config.wandb, "name": self.path.name, "id": self.path.name}
+            known = self.path / "wandb.id"
+            if not known.is_file():
+                _write(known, secrets.token_hex(8))
+            settings = {"project": self.config.wandb, "name": self.path.name, "id": known.read_text()}
             self._wandb = wandb.init(
                 **settings, resume="allow", dir=str(self.path), config=dataclasses.asdict(self.config)
             )
+            self._wandb.define_metric("*", step_metric="step")
         return self._wandb
 
     def _writer(self) -> SummaryWriter:

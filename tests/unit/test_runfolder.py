@@ -9,6 +9,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -195,6 +196,45 @@ def test_metrics_also_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder.close()
     (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     assert b"reward/mean" in file.read_bytes()
+
+
+class Board:
+    """Stands in for the package wandb, of whose runs it keeps the settings and what is logged."""
+
+    def __init__(self) -> None:
+        self.ids: list[str] = []
+        self.logged: list[dict] = []
+        self.metrics: list[tuple] = []
+
+    def init(self, **settings: Any) -> Board:
+        assert settings["resume"] == "allow" and settings["project"] == "p"
+        self.ids.append(settings["id"])
+        return self
+
+    def define_metric(self, name: str, step_metric: str) -> None:
+        self.metrics.append((name, step_metric))
+
+    def log(self, metrics: dict) -> None:
+        self.logged.append(metrics)
+
+    def finish(self) -> None:
+        pass
+
+
+def test_wandb_keeps_what_a_resumed_run_does_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Board()
+    monkeypatch.setitem(sys.modules, "wandb", board)
+    for name in ("a", "b"):
+        folder = RunFolder.create(make_config(tmp_path, f"run_dir={tmp_path / name / 'run'}", "wandb=p"))
+        for step in (1, 2, 3):
+            folder.log_metrics(step, {"x": step})
+        folder.close()
+        again = RunFolder.open(folder.path)
+        again.rewind(1)
+        again.log_metrics(2, {"x": 2})
+        again.close()
+    assert board.ids[0] == board.ids[1] != board.ids[2] == board.ids[3], "one run of W&B for each folder"
+    assert [line["step"] for line in board.logged] == [1, 2, 3, 2] * 2 and set(board.metrics) == {("*", "step")}
 
 
 HOLD = """
