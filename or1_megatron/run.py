@@ -130,7 +130,8 @@ class Run:
         self.stream.load_state_dict(self.state.stream)
         self._stream_state = self.stream.state_dict()
         self.controller.load_state_dict(self.state.entropy)
-        self.carried = [group_from_dict(group, self.stream.prompts) for group in self.state.carried]
+        prompts = self.stream.prompts
+        self.carried = [group_from_dict(group, prompts) for group in self.state.carried]
         for uid, tokens, responses in self.folder.read_lengths(self.state.step):
             self.lengths.note(uid, tokens, responses)
         self.folder.rewind(self.state.step)

@@ -51,14 +51,13 @@ class LogNormal:
 
 @dataclass(frozen=True)
 class Measured:
-    """Groups of response lengths that a run has had; those at `cut` or above were cut there.
+    """Groups of response lengths that a run has had.
 
     A longer limit than the run's shows too few tokens: how far a cut response would have gone is not known.
     """
 
     groups: tuple[tuple[int, ...], ...]
     origin: str
-    cut: int = 0
 
     def draw(self, num_prompts: int, group_size: int, limit: int, rng: random.Random) -> list[list[int]]:
         return [

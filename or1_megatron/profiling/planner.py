@@ -141,14 +141,15 @@ def _predict(work: Work, costs: Costs, rng: random.Random) -> StepTime:
     limit = min(room, work.max_response_length or room)
     rounds: list[RolloutTime] = []
     trained: list[list[int]] = []
-    for num_prompts in rollout_rounds(work):
+    prompts = rollout_rounds(work)
+    for num_prompts in prompts:
         groups = work.lengths.draw(num_prompts, work.group_size, limit, rng)
         expected = _expected(groups, rng) if work.policy in ("pending_tokens", "longest_first") else None
         settings = {"prompt_tokens": work.prompt_tokens, "policy": work.policy, "expected": expected}
         rounds.append(simulate_rollout(groups, costs.num_engines, costs.decode, **settings))
         trained += groups[: round(len(groups) * work.kept_share)]
     rollout = sum(part.seconds for part in rounds)
-    scoring = costs.step_s + sum(rollout_rounds(work)) * work.group_size * costs.scoring_s
+    scoring = costs.step_s + sum(prompts) * work.group_size * costs.scoring_s
     if work.overlaps_scoring:
         scoring = max(_OVERLAP_REST * scoring, scoring - rollout)
     scoring += costs.rest_s

@@ -70,10 +70,6 @@ class Spans:
             self._counts.append(Count(name, time.monotonic_ns(), value, rounds))
             self._appended += 1
 
-    def add(self, name: str, seconds: float) -> None:
-        """Seconds without a place in time."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-
     def take(self) -> dict[str, float]:
         """{"seconds/<name>": seconds} since the last call."""
         taken = {f"seconds/{name}": seconds for name, seconds in self._seconds.items()}

@@ -133,11 +133,7 @@ def _processes(runs: Sequence[RunData], metric: str, title: str, remark: str) ->
             lines.append(Line(f"{run.name}: {kind}s" if len(runs) > 1 else f"{kind}s", points, colour, dash))
     lines = [line for line in lines if line.points]
     picture = line_plot(title, lines, percent=metric == "idle", zero=True)
-    return (
-        None
-        if picture is None
-        else Figure(title, remark, picture, legend([(line.label, line.colour, line.dash) for line in lines]))
-    )
+    return _card(title, remark, picture, [(line.label, line.colour, line.dash) for line in lines])
 
 
 def _bucketed(run: RunData, names: Sequence[str]) -> tuple[list[float], list[str], list[list[float]]]:
@@ -155,13 +151,7 @@ def _time_stack(run: RunData, several: bool) -> Figure | None:
     stacked = [(part, colour, heights) for (part, colour), heights in zip(PARTS, values, strict=True) if any(heights)]
     title = f"Seconds of a step: {run.name}" if several else "Seconds of a step"
     picture = bar_plot(title, Bars(xs, labels, stacked), unit=" s")
-    return (
-        None
-        if picture is None
-        else Figure(
-            title, "as in Table 7 of the paper", picture, legend([(part, colour, 0) for part, colour, _ in stacked])
-        )
-    )
+    return _card(title, "as in Table 7 of the paper", picture, [(part, colour, 0) for part, colour, _ in stacked])
 
 
 def _verdicts(run: RunData, several: bool) -> Figure | None:
@@ -173,11 +163,7 @@ def _verdicts(run: RunData, several: bool) -> Figure | None:
     stacked = [(name, colours.get(name, 4), row) for name, row in zip(present, shares, strict=True)]
     title = f"Verdicts: {run.name}" if several else "Verdicts"
     picture = bar_plot(title, Bars(xs, labels, stacked), percent=True)
-    return (
-        None
-        if picture is None
-        else Figure(title, "share of the responses", picture, legend([(n, c, 0) for n, c, _ in stacked]))
-    )
+    return _card(title, "share of the responses", picture, [(name, colour, 0) for name, colour, _ in stacked])
 
 
 def _lengths(runs: Sequence[RunData]) -> Figure | None:
@@ -209,11 +195,7 @@ def _lengths(runs: Sequence[RunData]) -> Figure | None:
             for number, (run, heights) in enumerate(zip(runs, shares, strict=True))
         ]
         picture = line_plot(title, lines, percent=True, zero=True, axis="tokens")
-    return (
-        None
-        if picture is None
-        else Figure(title, "; ".join(remarks), picture, legend([(n.label, n.colour, 0) for n in lines]))
-    )
+    return _card(title, "; ".join(remarks), picture, [(line.label, line.colour, 0) for line in lines])
 
 
 def _gantt(run: RunData) -> Figure | None:
