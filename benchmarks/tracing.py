@@ -11,6 +11,8 @@ order as often, and what a traced one takes more is put in relation to the quick
 and counters. Beside it stands what a traced step does more, timed alone: its spans, and the span `trace`.
 """
 
+# pyright: reportIncompatibleMethodOverride=true
+
 from __future__ import annotations
 
 import contextlib
