@@ -57,7 +57,9 @@ class ParallelConfig:
 
 @dataclass
 class DataConfig:
-    train: list[str] = key([], "problem files, .jsonl or .parquet: data_source, prompt, reward_model.ground_truth")
+    train: list[str] = key(
+        [], "problem files, .jsonl, .json (also .gz) or .parquet: data_source, prompt, reward_model.ground_truth"
+    )
     weights: list[float] = key([], "share of each train file in the prompts; empty: all problems equally often")
     difficulty_model: str = key(
         "", "keep train problems by extra_info.model_difficulty of this name (Skywork-OR1-RL-Data); empty: keep all"

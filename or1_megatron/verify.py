@@ -15,12 +15,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from or1_megatron.data.rows import sound_rows
 from or1_megatron.errors import UserError
 from or1_megatron.reward.named import NAMED
 from or1_megatron.reward.preflight import reached_isolation
@@ -78,34 +78,15 @@ def _short(metrics: dict[str, float]) -> dict[str, float]:
 
 
 def read_rows(file: Path) -> list[Row]:
-    """Raises UserError naming the first bad line."""
-    if not file.is_file():
-        raise UserError(f"{file} does not exist; or1 verify takes a .jsonl or .parquet file of responses")
-    rows = [_row(f"{file}:{number}", row) for number, row in enumerate(_raw_rows(file), 1)]
+    """Raises UserError naming the first bad row."""
+    rows = [_row(place, row) for place, row in sound_rows(file)]
     if not rows:
         raise UserError(f"{file} holds no response")
     return rows
 
 
-def _raw_rows(file: Path) -> Iterator[Any]:
-    if file.suffix == ".parquet":
-        from pyarrow import ArrowException, parquet
-
-        try:
-            yield from parquet.read_table(file).to_pylist()
-        except (ArrowException, OSError) as error:
-            raise UserError(f"{file} is no parquet file: {str(error).splitlines()[0]}") from None
-        return
-    for number, line in enumerate(file.read_text(errors="surrogateescape").split("\n"), 1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{file}:{number}: not a JSON object: {error}") from None
-
-
-def _row(place: str, row: Any) -> Row:
-    response = row.get("response") if isinstance(row, dict) else None
+def _row(place: str, row: dict[str, Any]) -> Row:
+    response = row.get("response")
     if not isinstance(response, str):
         raise UserError(f"{place}: no text under `response`")
     truth = row.get("ground_truth")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from or1_megatron.data.rows import BadRow, hub_files, is_hub_name, is_row_file, read_rows
+from or1_megatron.data.rows import hub_files, is_hub_name, is_row_file, sound_rows
 from or1_megatron.errors import UserError
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -67,10 +67,7 @@ def benchmark_rows(benchmark: str, folder: Path | None) -> Iterator[tuple[str, d
             raise UserError(
                 f"benchmark {benchmark}: {path} does not exist; docs/evaluation.md says where it comes from"
             )
-        for where, row in read_rows(path):
-            place = f"{path} {where}"
-            if isinstance(row, BadRow):
-                raise UserError(f"{place} is {row.reason}: {row.detail}")
+        for place, row in sound_rows(path):
             try:
                 if wanted(row):
                     yield place, {"data_source": benchmark, **problem(place, row)}

@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from or1_megatron.architecture import Architecture
+from or1_megatron.data.rows import sound_rows
 from or1_megatron.errors import UserError
 from or1_megatron.types import Prompt
 
@@ -79,9 +80,7 @@ def load_prompts(
     prompts = []
     for name in files:
         path = Path(name)
-        if not path.is_file():
-            raise UserError(f"problem file {path} does not exist")
-        found = prompts_of(_rows(path), path.name, tokenizer, context_length, instruction_suffix, wanted)
+        found = prompts_of(sound_rows(path), path.name, tokenizer, context_length, instruction_suffix, wanted)
         if not found:
             none = f"has no problem of {wanted}" if wanted else "is empty; it needs at least one problem"
             raise UserError(f"problem file {path} {none}")
@@ -113,34 +112,6 @@ def prompts_of(
         for number, (place, row) in enumerate(rows)
         if wanted is None or wanted.holds(place, row)
     ]
-
-
-def _rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if path.suffix == ".parquet":
-        from pyarrow import ArrowException, parquet
-
-        try:
-            for number, row in enumerate(parquet.read_table(path).to_pylist(), 1):
-                yield f"{path} row {number}", row
-        except (ArrowException, OSError) as error:
-            raise UserError(f"{path} is not a readable parquet file: {str(error).splitlines()[0]}") from None
-        return
-    if path.suffix != ".jsonl":
-        raise UserError(f"problem file {path}: unknown kind {path.suffix!r}; use .jsonl or .parquet")
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"{path} line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, UnicodeDecodeError) as error:
-                raise UserError(f"{place} is not valid JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{place} holds a {type(row).__name__}; it must be an object with prompt and reward_model"
-                )
-            yield place, row
 
 
 def _prompt(

@@ -62,6 +62,14 @@ def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any] | BadRow]]:
         raise UserError(f"{path} cannot be read: {reason}; get the file anew") from None
 
 
+def sound_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) of every row. Raises UserError as read_rows does, and at the first bad row."""
+    for where, row in read_rows(path):
+        if isinstance(row, BadRow):
+            raise UserError(f"{path} {where} is {row.reason}: {row.detail}")
+        yield f"{path} {where}", row
+
+
 def _object(row: Any) -> dict[str, Any] | BadRow:
     return row if isinstance(row, dict) else BadRow("not an object", f"holds a {type(row).__name__}")
 

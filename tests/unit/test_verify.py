@@ -53,11 +53,11 @@ def test_parquet_is_read_like_lines(tmp_path: Path) -> None:
     [
         ("missing.jsonl", None, "does not exist"),
         ("empty.jsonl", "\n", "holds no response"),
-        ("a.jsonl", '{"response": "x", "ground_truth": "1"}\n{"respons', ":2: not a JSON object"),
-        ("b.jsonl", '{"text": "x"}', ":1: no text under `response`"),
-        ("c.jsonl", '{"response": "x"}', ":1: `ground_truth` is None"),
-        ("d.jsonl", '{"response": "x", "ground_truth": {}}', ":1: `ground_truth` is {}"),
-        ("e.parquet", "x", "is no parquet file"),
+        ("a.jsonl", '{"response": "x", "ground_truth": "1"}\n{"respons', " line 2 is not JSON: "),
+        ("b.jsonl", '{"text": "x"}', " line 1: no text under `response`"),
+        ("c.jsonl", '{"response": "x"}', " line 1: `ground_truth` is None"),
+        ("d.jsonl", '{"response": "x", "ground_truth": {}}', " line 1: `ground_truth` is {}"),
+        ("e.parquet", "x", "e.parquet cannot be read: "),
     ],
 )
 def test_bad_files(

@@ -52,8 +52,8 @@ def test_parquet_equals_jsonl(tmp_path: Path, tokenizer) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{not json", "line 2 is not valid JSON"),
-        ("[1]", "line 2 holds a list"),
+        ("{not json", "line 2 is not JSON"),
+        ("[1]", "line 2 is not an object: holds a list"),
         ({"prompt": "x"}, "line 2: reward_model.ground_truth=None"),
         ({"reward_model": {"ground_truth": "1"}}, "line 2: prompt='None' is neither"),
         ({"prompt": [{"role": "user", "content": None}]}, "line 2: prompt=.* is neither"),
@@ -73,8 +73,8 @@ def test_bad_files_are_named(tmp_path: Path, tokenizer) -> None:
     for files, message in [
         ([str(tmp_path / "none.jsonl")], "does not exist"),
         (write(tmp_path / "empty.jsonl"), "is empty"),
-        (write(tmp_path / "p.csv", GOOD), "unknown kind"),
-        ([str(tmp_path / "broken.parquet")], "not a readable parquet"),
+        (write(tmp_path / "p.csv", GOOD), "is of no known kind"),
+        ([str(tmp_path / "broken.parquet")], "broken.parquet cannot be read"),
     ]:
         with pytest.raises(UserError, match=message):
             load_prompts(files, tokenizer, context_length=64)
