@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -165,13 +165,20 @@ def _published(out: Path, num_bytes: int) -> Iterator[Path]:
             sync(out)
             sync(out.parent)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            _discard(partial, lock)
             if error.errno in DISK_FULL:
                 raise UserError(_disk_full(out, str(error.strerror))) from None
             raise
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            _discard(partial, lock)
             raise
+
+
+def _discard(partial: Path, lock: IO) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    lock.close()
+    with suppress(OSError):
+        partial.rmdir()  # NFS keeps an open file that was removed with its folder
 
 
 def _disk_full(out: Path, reason: str) -> str:

@@ -92,13 +92,16 @@ def override_tree(text: str) -> tuple[str, dict]:
 def _value(text: str) -> Any:
     """A number, true, false, null, a [list], a {mapping} or "quoted text" as YAML reads them; else the text as it is,
     whose blanks, lines, colons and # YAML would take for its own."""
+    kinds = {"[": list, "{": dict, '"': str, "'": str}
+    kind = kinds.get(text.lstrip()[:1])
+    if kind is None and (text != text.strip() or "#" in text):
+        return text
     try:
         found = yaml.load(text, _Loader)
     except (yaml.YAMLError, ValueError):
         return text
-    marked = text.lstrip()[:1] in ("[", "{", '"', "'")
-    null = found is None and text.strip() in ("null", "~")
-    return found if marked or null or isinstance(found, bool | int | float) else text
+    null = found is None and text in ("null", "Null", "NULL", "~")
+    return found if null or isinstance(found, kind or bool | int | float) else text
 
 
 def _leaves(tree: dict, prefix: str = "") -> list[str]:

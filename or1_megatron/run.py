@@ -135,7 +135,10 @@ class Run:
         for uid, tokens, responses in self.folder.read_lengths(self.state.step):
             self.lengths.note(uid, tokens, responses)
         self.folder.rewind(self.state.step)
-        self.evaluator.history = held_out(self.folder.read_metrics())
+        known = held_out(self.folder.read_metrics())
+        if self.folder.config.evaluation != self.config.evaluation:  # then the one that is due now is another
+            known = [(step, value) for step, value in known if step != self.state.step]
+        self.evaluator.history = known
         self.folder.save_config(self.config)
         self.display.resumed(self.state.step)
 

@@ -3,12 +3,13 @@
     config.yaml      the resolved configuration
     versions.json    python, platform, package versions
     git.json         commit and whether the work tree differed from it; only in a git checkout
-    metrics.jsonl    one JSON object a step; NaN and infinities are null
+    metrics.jsonl    one JSON object a step, an evaluation, and one for the end; NaN and infinities are null
     trace.json       spans of all processes over the newest steps, Chrome's format
     tensorboard/     the same numbers as scalars
     checkpoints/     see runstate.py
     logs/
     slurm/           what slurm/submit.py laid there before the run, and the logs of its jobs
+    wandb.id         of the run there, with `wandb`
     driver.lock      held by the process that runs it: its host, number and Slurm job
     rollouts/        step-000001.parquet: every response of the step
     evaluations/     step-000001-T1.parquet: every response to the held-out problems; when there are any
@@ -129,15 +130,18 @@ class RunFolder:
     def driven(self) -> Iterator[None]:
         """For the one process that may write here. Raises UserError while there is another.
 
-        One on another host gets _LEAVE_S to go: that node may be dead, and the file server has not noticed yet. One of
-        the same Slurm job is surely gone, or the job would not run here. Where a file system has no locks nothing is
-        refused.
+        One on another host gets _LEAVE_S to go: that node may be dead, and the file server has not noticed yet. After
+        that one of the same Slurm job is taken for dead, as a job that has been requeued has no other. Where a file
+        system has no locks nothing is refused.
         """
         path, me = self.path / "driver.lock", _Driver(platform.node(), os.getpid(), os.environ.get("SLURM_JOB_ID", ""))
         with path.open("a+") as file:
             end = time.monotonic() + _LEAVE_S
-            while (other := _lock(file)) and (other.host == me.host or not me.job or other.job != me.job):
-                if other.host == me.host or time.monotonic() > end:
+            while other := _lock(file):
+                late = time.monotonic() > end
+                if late and me.job and other.job == me.job:
+                    break
+                if late or other.host == me.host:
                     raise UserError(
                         f"{self.path} belongs to {other}; wait for its end, or remove {path} if that is surely dead"
                     )
@@ -173,7 +177,7 @@ class RunFolder:
         writer.flush()
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All logged steps, oldest first; a torn last line is left out."""
+        """All lines, oldest first; a torn last one is left out."""
         if not self._metrics.exists():
             return []
         # split, not splitlines: text inside a JSON string may hold other line separators
@@ -252,8 +256,8 @@ class RunFolder:
             import wandb  # pyright: ignore[reportMissingImports]  (an extra)
 
             known = self.path / "wandb.id"
-            if not known.is_file():
-                _write(known, secrets.token_hex(8))
+            if not known.is_file():  # runs of before had their folder's name
+                _write(known, self.path.name if (self.path / "wandb").is_dir() else secrets.token_hex(8))
             settings = {"project": self.config.wandb, "name": self.path.name, "id": known.read_text()}
             self._wandb = wandb.init(
                 **settings, resume="allow", dir=str(self.path), config=dataclasses.asdict(self.config)
@@ -304,6 +308,8 @@ def _take(path: Path) -> Path:
 
 def _make_dated(config: Config) -> Path:
     """Makes the folder, so that two runs started in the same second never share one."""
+    if not config.name or "/" in config.name:
+        raise UserError(f"name={config.name!r} is part of the run folder's name; use one without /, or give run_dir")
     parent = Path(config.runs_dir)
     parent.mkdir(parents=True, exist_ok=True)
     first = parent / f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}"

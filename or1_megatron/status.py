@@ -79,7 +79,10 @@ def status_lines(run: Path) -> list[str]:
         lines.append(f"step      0 of {total}")
     folders = {path.name.partition("-")[2] for path in run.glob("slurm/job-*/")}
     submitted = _text(run / "slurm" / "jobs").split()
-    for id in submitted if not folders or folders.intersection(submitted) else sorted(folders):  # of an array: its task
+    begun = sorted(folders, key=lambda id: (len(id), id))
+    # A task of an array has a number of its own once it has begun; a job may also have been submitted by hand.
+    known = submitted if not folders or folders.intersection(submitted) else []
+    for id in [*known, *(id for id in begun if id not in known)]:
         lines += _job_lines(run, id)
     return lines
 

@@ -22,8 +22,6 @@ def validate(config: Config) -> None:
         if item.choices and value not in item.choices:
             raise UserError(f"{item.name}={value!r} is not one of {', '.join(item.choices)}")
     _validate_signs(config)
-    if not config.name or "/" in config.name:
-        raise UserError(f"name={config.name!r} is part of a folder's name; use one without /")
     rollout, loss = config.rollout, config.loss
     if rollout.group_size < 2:
         raise UserError(f"rollout.group_size={rollout.group_size}: a group of one has no advantage; use 2 or more")

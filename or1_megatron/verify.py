@@ -47,11 +47,12 @@ def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Ve
     rows = read_rows(file)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    started = time.perf_counter()
     verdicts, metrics = score_rows(rows, config)
-    seconds = time.perf_counter() - started
     counts = Counter(verdict.name for verdict in verdicts)
-    print(f"{len(rows)} responses in {seconds:.1f} s: " + ", ".join(f"{n} {name}" for name, n in counts.most_common()))
+    print(
+        f"{len(rows)} responses in {metrics['seconds']:.1f} s: "
+        + ", ".join(f"{n} {name}" for name, n in counts.most_common())
+    )
     print("check time: p50 {latency_p50_ms:.1f} ms, p99 {latency_p99_ms:.1f} ms".format_map(_short(metrics)))
     judged = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.correct is not None]
     if judged:
@@ -65,12 +66,15 @@ def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Ve
 
 
 def score_rows(rows: list[Row], config: RewardConfig) -> tuple[list[Verdict], dict[str, float]]:
-    """Verdicts in order and the service's metrics; prints the isolation of code when there is any. Raises UserError."""
+    """Verdicts in order; the service's metrics and the seconds that it took. Prints the isolation of code when there is
+    any. Raises UserError."""
     if any(code_tests(row.task.ground_truth, row.task.data_source) for row in rows):
         print(reached_isolation(config))
+    started = time.perf_counter()
     with RewardService(config) as service:
         verdicts = [future.result() for future in [service.submit(row.task) for row in rows]]
-        return verdicts, service.take_metrics()
+        metrics = service.take_metrics()
+    return verdicts, {**metrics, "seconds": time.perf_counter() - started}
 
 
 def _short(metrics: dict[str, float]) -> dict[str, float]:

@@ -8,6 +8,7 @@ and answer, HumanEval's and LeetCode's tests, MBPP's assertions.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,10 +59,11 @@ def benchmark_rows(benchmark: str, folder: Path | None) -> Iterator[tuple[str, d
             f"benchmark {benchmark!r} is not one of {', '.join(NAMES)}, nor a .json, .jsonl or .parquet file, nor a "
             "hub id OWNER/NAME[:FILE]"
         )
-    if len(folders := sorted({path.parent.name for path in paths})) > 1:
-        raise UserError(
-            f"benchmark {benchmark} has sets of its own in {', '.join(folders)}; name one: {benchmark}:FOLDER/PATTERN"
-        )
+    if len(folders := sorted({path.parent for path in paths})) > 1:
+        above = os.path.commonpath(folders)
+        names = ", ".join(os.path.relpath(folder, above) for folder in folders)
+        one = f"{benchmark.partition(':')[0]}:FOLDER/PATTERN"
+        raise UserError(f"benchmark {benchmark} has sets of its own in {names}; name one: {one}")
     for path in paths:
         if not path.is_file():
             raise UserError(

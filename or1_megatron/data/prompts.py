@@ -53,9 +53,8 @@ def load_tokenizer(model: str, architecture: Architecture) -> PreTrainedTokenize
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
-        raise UserError(
-            f"{model}: no usable tokenizer ({str(error).splitlines()[0]}); copy the tokenizer files"
-        ) from None
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{model}: no usable tokenizer ({reason}); copy the tokenizer files") from None
     if len(tokenizer) > architecture.vocab_size:
         raise UserError(
             f"{model}: the tokenizer has {len(tokenizer)} tokens but config.json says vocab_size="

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -218,10 +218,14 @@ def _step(
 @contextmanager
 def _locked(partial: Path, name: str) -> Iterator[None]:
     partial.mkdir(exist_ok=True)
-    with (partial / _LOCK).open("a+") as lock:
-        if not take_lock(lock):
-            raise UserError(f"step {name}: another process is at it in {partial}; wait for that one")
-        yield
+    try:
+        with (partial / _LOCK).open("a+") as lock:
+            if not take_lock(lock):
+                raise UserError(f"step {name}: another process is at it in {partial}; wait for that one")
+            yield
+    finally:
+        with suppress(OSError):
+            partial.rmdir()  # NFS keeps an open file that was removed with its folder
 
 
 def _remove(folder: Path) -> None:

@@ -59,21 +59,22 @@ class CodeTests:
 
 @lru_cache(maxsize=256)
 def code_tests(ground_truth: tuple[str, ...], data_source: str) -> CodeTests | None:
-    """The tests, or None for a math answer. Raises UserError when a code problem's tests cannot be used."""
+    """The tests, or None for a math answer. Raises UserError when a code problem's tests cannot be used; its cause is
+    what went wrong in reading them, if something did."""
     row = None
     if len(ground_truth) == 1 and ground_truth[0].lstrip()[:1] in ("{", "["):
         try:
             row = json.loads(ground_truth[0])
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
     try:
         tests = _read(row)
+    except UserError:
+        raise
     except (TypeError, ValueError, AttributeError, RecursionError) as error:  # arguments that are no JSON, say
-        if isinstance(error, UserError):
-            raise
         raise UserError(
             f"reward_model.ground_truth={ground_truth[0][:60]!r}: its tests cannot be read ({error}); drop the problem"
-        ) from None
+        ) from error
     if tests is None:
         if _CODE_SOURCES.search(data_source):
             raise UserError(

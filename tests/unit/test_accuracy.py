@@ -54,12 +54,15 @@ def test_the_interval_covers_the_truth():
 
 
 def test_held_out_accuracies_stand_at_the_step_they_were_taken_after():
-    """The line of a step holds the evaluation before it, the last line that after the last step."""
+    """They have lines of their own; in older runs the line of a step holds the evaluation before it."""
     step = {"seconds/step": 1.0}
     rows = [
         {"step": 1, "eval/avg@8": 0.1, "eval/pass@8": 0.2, **step},
         {"step": 2, **step},
         {"step": 3, "eval/T0.6/avg@8": 0.5, "eval/T1/avg@8": 0.4, **step},
         {"step": 3, "eval/avg@8": 0.9},
+        {"step": 4, **step},
+        {"step": 4, "eval/avg@8": 0.7},
+        {"step": 5, **step},
     ]
-    assert held_out(rows) == [(0, 0.1), (2, 0.5), (3, 0.9)]
+    assert held_out(rows) == [(0, 0.1), (2, 0.5), (3, 0.9), (4, 0.7)]

@@ -46,7 +46,7 @@ def test_off_is_a_word_where_words_are_wanted(recipe: Path):
 @pytest.mark.parametrize(
     "text",
     ["\nThink. Answer after #### at the end. ", "Answer: yes", "a\n\nb", " # no comment", "2025-02-30", "2025-02-03",
-     "- a", "it's", " ", "0x_", "{x} is the answer"],
+     "- a", "it's", " ", "0x_", "{x} is the answer", "\n1", "2 # of boxes", '"Final": the number', "'a' or 'b'"],
 )  # fmt: skip
 def test_text_is_taken_as_it_stands(recipe: Path, text: str):
     assert load(recipe, [f"data.instruction_suffix={text}"]).data.instruction_suffix == text
@@ -74,11 +74,11 @@ def test_every_key_is_documented():
         ("group_size=4", "rollout.group_size"),
         ("zzzqqq=4", "lists all keys"),
         ("steps", "is not key=value"),
+        ("steps=5 # five", "steps"),
         ("optimizer=3", "optimizer is a section"),
         ("steps=many", "steps"),
         ("model.dtype=fp16", "model.dtype='fp16' is not one of fp32, bf16"),
         ("steps=0", "steps=0 must be above 0"),
-        ("name=Qwen/Qwen2", "is part of a folder's name"),
         ("deadline_minutes=0", "deadline_minutes=0.0 must be above 0"),
         ("max_restarts=-1", "max_restarts=-1 must be 0 or more"),
         ("evaluation.temperatures=[0,1]", "at 0 every response is the same"),

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError
+from or1_megatron.parallel.file_sums import take_lock
 from or1_megatron.recipe import load
 from or1_megatron.runfolder import RunFolder, git_state
 from or1_megatron.types import Group, Prompt, Sample
@@ -56,6 +58,12 @@ def test_lengths_of_the_history_come_back_up_to_a_step(tmp_path: Path):
     pyarrow.parquet.write_table(pyarrow.parquet.read_table(old).drop_columns(["tokens"]), old)
     assert list(run.read_lengths(3)) == [("gsm8k/7", 5, 2)] * 2
     assert list(run.read_lengths(2)) == [("gsm8k/7", 5, 2)]
+
+
+def test_a_name_that_is_no_folders(tmp_path: Path):
+    with pytest.raises(UserError, match="name='Qwen/Qwen2' is part of the run folder's name"):
+        RunFolder.create(make_config(tmp_path, "name=Qwen/Qwen2"))
+    assert RunFolder.create(make_config(tmp_path, "name=Qwen/Qwen2", f"run_dir={tmp_path / 'run'}")).path.is_dir()
 
 
 def test_two_runs_in_one_second_get_two_folders(tmp_path: Path):
@@ -260,18 +268,26 @@ def test_one_driver_at_a_time(tmp_path: Path):
 
 
 @pytest.mark.parametrize("job", ["71", "72"])
+@pytest.mark.parametrize("forgets", [True, False])
 def test_a_driver_of_another_host_is_waited_for(
-    job: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    job: str, forgets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    """What its node left locked is forgotten by the file server at some time; a job that comes again need not wait."""
+    """What its node left locked the file server forgets at some time; one of the same job is dead if it does not."""
     run = RunFolder.create(make_config(tmp_path))
     with ExitStack() as stack, monkeypatch.context() as there:
         there.setenv("SLURM_JOB_ID", "71")
         there.setattr("platform.node", lambda: "node3")
         stack.enter_context(run.driven())
         there.undo()
-        monkeypatch.setattr("or1_megatron.runfolder.time.sleep", lambda _: stack.close())
+        monkeypatch.setattr("or1_megatron.runfolder._LEAVE_S", 0.1)
+        wait = time.sleep
+        monkeypatch.setattr("or1_megatron.runfolder.time.sleep", lambda _: stack.close() if forgets else wait(0.2))
         monkeypatch.setenv("SLURM_JOB_ID", job)
-        with run.driven():
-            said = capsys.readouterr().err
-    assert ("waiting for process" in said and "on node3 of job 71" in said) == (job == "72")
+        if not forgets and job == "72":
+            with pytest.raises(UserError, match="belongs to process .* on node3 of job 71"):
+                run.driven().__enter__()
+        else:
+            with run.driven(), (run.path / "driver.lock").open("a+") as file:
+                assert not take_lock(file), "by this one, or still by the dead node"
+                assert json.loads((run.path / "driver.lock").read_text())[2] == job
+    assert "waiting for process" in (said := capsys.readouterr().err) and "on node3 of job 71" in said

@@ -119,5 +119,7 @@ def _solutions(row: Row, most: int) -> list[str]:
 
 STEPS: tuple[Step, ...] = (
     RowStep("drop_bad_tests", DropBadTests, _drop_bad_tests),
-    TableStep("reference_solutions", ReferenceSolutions, _reference_solutions, version=2),  # 2: checkers of functions
+    TableStep(
+        "reference_solutions", ReferenceSolutions, _reference_solutions, version=3
+    ),  # 2: checkers of functions, 3: f = tuple
 )

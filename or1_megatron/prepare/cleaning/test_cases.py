@@ -37,9 +37,10 @@ def sound_tests(answer: str) -> SoundTests:
     try:
         tests = code_tests((answer,), "")
     except UserError as error:
+        if error.__cause__:
+            reason = f"{type(error.__cause__).__name__}: {str(error.__cause__)[:160]}"
+            raise Unusable("tests_corrupt", reason) from None
         raise Unusable("tests_unusable", str(error)[:200]) from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Unusable("tests_corrupt", f"{type(error).__name__}: {str(error)[:160]}") from None
     if tests is None:
         raise Unusable("tests_unknown_form", answer[:60])
     if isinstance(row, dict) and "inputs" in row:

@@ -176,6 +176,7 @@ CODE_SCHEMAS = (
         "MIT",
         hub="codeparrot/apps:train.jsonl",
         subset="difficulty",
+        version=2,  # 2: both splits of the archive
     ),
     Schema(
         "mbpp",

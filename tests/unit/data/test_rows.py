@@ -122,5 +122,5 @@ def test_files_of_a_data_set_on_the_hub_by_their_whole_path(tmp_path: Path, monk
     found = [str(path.relative_to(tmp_path)) for path in hub_files("o/n", ["*test*.parquet"])]
     assert found == ["data/test/0.parquet", "main/test-0.parquet"]
     assert hub_files("o/n:main/*", ["*"]) == [tmp_path / "main/test-0.parquet"]
-    with pytest.raises(UserError, match="has sets of its own in main, test; name one: o/n:FOLDER/PATTERN"):
+    with pytest.raises(UserError, match="has sets of its own in data/test, main; name one: o/n:FOLDER/PATTERN"):
         list(benchmark_rows("o/n", None))
