@@ -239,7 +239,7 @@ def build(bench: Benchmark, quick: bool) -> None:
     for dtype in dtypes[:1] if quick else dtypes:
         emulated = dtype == "bf16" and slow
         for name, mine in draw(quick, emulated).items():
-            if name == "groups" and device.use_transformer_engine("auto"):
+            if name == "groups" and device.use_transformer_engine("auto", dtype):
                 bench.note("groups left out: TransformerEngine's attention knows no shared prompts")
                 continue
             lengths = [len(s.tokens) for s in mine]

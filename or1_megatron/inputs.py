@@ -40,7 +40,7 @@ def check_inputs(config: Config) -> Inputs:
             f"rollout.context_length={max(contexts)} is above the model's max_position_embeddings="
             f"{architecture.max_positions}; use at most that"
         )
-    use_transformer_engine(config.model.transformer_impl)
+    use_transformer_engine(config.model.transformer_impl, config.model.dtype)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"wandb={config.wandb} needs the package wandb: pip install 'or1_megatron[wandb]'")
     if config.profiling.tool == "nsys" and not has_cuda():

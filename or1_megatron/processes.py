@@ -13,7 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +149,18 @@ class ActorRank(_Process):
         return self.actor.weights.send(checksums=checksums)
 
 
+def visible(devices: Sequence[int], inherited: str) -> str:
+    """CUDA_VISIBLE_DEVICES of a process that has these devices of its node's, which may itself show only some."""
+    names = inherited.split(",")
+    return ",".join(names[number] if inherited else str(number) for number in devices)
+
+
 class EngineProcess(_Process):
     """One vLLM engine."""
 
     def start(self, spec: EngineSpec) -> None:
         if spec.devices:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, spec.devices))
+            os.environ["CUDA_VISIBLE_DEVICES"] = visible(spec.devices, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
         self.worker = RolloutWorker(spec, self.spans)
 
     @_spanned

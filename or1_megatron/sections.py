@@ -25,7 +25,7 @@ class ModelConfig:
     path: str = key(MISSING, "HF checkpoint directory (Llama, Qwen2, Qwen3), or what `or1 convert` made of it")
     dtype: str = key("bf16", "actor compute type; main weights and optimizer state are fp32 in both", ("fp32", "bf16"))
     transformer_impl: str = key(
-        "auto", "layers of the actor; auto takes TransformerEngine where it is installed with a GPU",
+        "auto", "layers of the actor; auto takes TransformerEngine where it is installed with a GPU, in bf16",
         ("auto", "transformer_engine", "torch"),
     )  # fmt: skip
     recompute: str = key("none", "activation recomputation in the actor", ("none", "selective", "full"))

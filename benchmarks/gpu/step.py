@@ -88,7 +88,7 @@ def _steps(
     *,
     transformer_engine: bool,
 ) -> None:
-    if transformer_engine and not device.use_transformer_engine("auto"):
+    if transformer_engine and not device.use_transformer_engine("auto", "bf16"):
         bench.note(f"{model}, TransformerEngine: not installed")
         return
     from or1_megatron.actor.actor import MegatronActor

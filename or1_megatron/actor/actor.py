@@ -66,7 +66,7 @@ class MegatronActor:
         checkpoint.initialise_state(self.optimizer)
         settings.grad_scale_func = self.optimizer.scale_loss
         settings.finalize_model_grads_func = self._reduce_gradients
-        fused_norms = use_transformer_engine(config.model.transformer_impl)
+        fused_norms = use_transformer_engine(config.model.transformer_impl, config.model.dtype)
         self.weights = WeightSource(model, self.architecture, self.mesh, fused_norms=fused_norms)
         ddp: Any = self.model
         self.memory = {
@@ -87,7 +87,7 @@ class MegatronActor:
         wanted = self.config.optimizer
         return OptimizerConfig(
             optimizer="adam",
-            lr=wanted.lr,
+            lr=0.0,  # update() sets it; Megatron would know the groups of a checkpoint by it
             weight_decay=wanted.weight_decay,
             adam_beta1=wanted.beta1,
             adam_beta2=wanted.beta2,
@@ -186,7 +186,8 @@ class MegatronActor:
 
     def shares_prompts(self) -> bool:
         """Whether it may be given packs that share prompts: TransformerEngine's attention does not know how."""
-        return self.config.can_share_prompts and not use_transformer_engine(self.config.model.transformer_impl)
+        wanted = self.config.model
+        return self.config.can_share_prompts and not use_transformer_engine(wanted.transformer_impl, wanted.dtype)
 
     def peak_flops(self) -> float:
         return peak_flops(DTYPES[self.config.model.dtype])

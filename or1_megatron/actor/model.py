@@ -112,7 +112,7 @@ def build_model(config: Config, architecture: Architecture, mesh: Mesh) -> GPTMo
     rotary = LlamaRotaryEmbedding(AutoConfig.from_pretrained(config.model.path))  # type: ignore[arg-type]
     # yarn scales cos and sin by a factor f: the scores, a product of two rotated vectors, by f^2.
     scale = float(rotary.attention_scaling) ** 2 * architecture.head_dim**-0.5
-    fused_norms = use_transformer_engine(config.model.transformer_impl)
+    fused_norms = use_transformer_engine(config.model.transformer_impl, config.model.dtype)
     settings = transformer_config(config, architecture, scale, transformer_engine=fused_norms)
     model = GPTModel(
         config=settings,

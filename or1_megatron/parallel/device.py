@@ -65,16 +65,17 @@ def num_devices() -> int:
     return torch.cuda.device_count() if has_cuda() else 0
 
 
-def use_transformer_engine(wanted: str) -> bool:
-    """Resolves model.transformer_impl (auto, transformer_engine, torch): TE cannot even be imported without a GPU.
+def use_transformer_engine(wanted: str, dtype: str) -> bool:
+    """Resolves model.transformer_impl (auto, transformer_engine, torch): TE cannot even be imported without a GPU, and
+    computes float32 in TF32, packed sequences hardly at all.
 
     Raises UserError when it is asked for and cannot run here.
     """
-    possible = has_cuda() and importlib.util.find_spec("transformer_engine") is not None
+    possible = has_cuda() and dtype == "bf16" and importlib.util.find_spec("transformer_engine") is not None
     if wanted == "transformer_engine" and not possible:
         raise UserError(
-            "model.transformer_impl=transformer_engine needs a CUDA device and the package transformer-engine; "
-            "use auto or torch"
+            "model.transformer_impl=transformer_engine needs a CUDA device, the package transformer-engine and "
+            "model.dtype=bf16; use auto or torch"
         )
     return possible and wanted != "torch"
 

@@ -197,8 +197,9 @@ class Engine:
                 self._llm.apply_model(receiver.repack_tied_head)
         self._llm.reset_prefix_cache()
         trim_host_memory()
+        device.synchronize()  # vLLM may decode on another stream than this thread's
         self.weight_version = version
-        torch.manual_seed(seed)
+        receiver.seed_generators(seed)
 
     def in_workers(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """function(worker, *args) in each of vLLM's processes; see receiver.py."""

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from or1_megatron.parallel import device, weight_exchange
@@ -82,6 +84,13 @@ def reload(worker: Any, tensors: Iterable[tuple[str, torch.Tensor]], *, tied: bo
         if tied:
             repack_tied_head(worker.get_model())
     trim_host_memory()
+    seed_generators(seed)
+
+
+def seed_generators(seed: int) -> None:
+    """All that a response may be drawn from: vLLM's sampler on a CPU uses torch's, that on a GPU NumPy's."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 

@@ -62,7 +62,7 @@ def gradients(actor: Any, batches: list[Any], num_tokens: int) -> Iterator[tuple
     temperature = actor.config.rollout.temperature
     loss = partial(actor._loss, entropy_coefficient=ALPHA, num_tokens=num_tokens, temperature=temperature)
     actor._schedule(batches, loss, forward_only=False)
-    fused_norms = device.use_transformer_engine(actor.config.model.transformer_impl)
+    fused_norms = device.use_transformer_engine(actor.config.model.transformer_impl, actor.config.model.dtype)
     for parameter, entry in named_entries(actor._gpt, actor.architecture, fused_norms=fused_norms):
         grad: Any = parameter.main_grad  # type: ignore[attr-defined]
         yield from ((name, tensor.clone()) for name, tensor in unshard(entry, [grad], actor.architecture))

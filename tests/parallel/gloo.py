@@ -1,7 +1,8 @@
 """Runs a function on N gloo ranks, each a process of its own; no Ray.
 
-Ranks are forked from a server that has imported torch and Megatron once, so they start in milliseconds. Whatever
-happens, none of them outlives the call, nor does a process that one of them started.
+Ranks are forked from a server that has imported torch and Megatron once, so they start in milliseconds; on a machine
+with a GPU each is a new interpreter. Whatever happens, none of them outlives the call, nor does a process that one of
+them started.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.parallel.preload"])
+from or1_megatron.parallel import device
+
+# What has asked for a GPU cannot be forked and use one.
+_CONTEXT: Any = multiprocessing.get_context("spawn" if device.has_cuda() else "forkserver")
+if not device.has_cuda():
+    _CONTEXT.set_forkserver_preload(["tests.parallel.preload"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, timeout_s: float = 180) -> list[Any]:
@@ -102,8 +107,6 @@ def _rank(pipe: Any, scratch: Path, rank: int, world_size: int, task: bytes, tim
     try:
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         import torch
-
-        from or1_megatron.parallel import device
 
         device.install()
         torch.set_num_threads(1)

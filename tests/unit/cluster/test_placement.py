@@ -8,6 +8,7 @@ import pytest
 
 from or1_megatron.cluster.placement import place
 from or1_megatron.errors import UserError
+from or1_megatron.processes import visible
 
 
 def test_separate_engines_follow_the_ranks() -> None:
@@ -64,3 +65,7 @@ def test_without_a_gpu_the_nodes_take_turns() -> None:
 def test_too_few(wanted: str, ranks: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         place([8], ranks=ranks, engines=4, wanted=wanted)
+
+
+def test_devices_of_an_engine_are_the_nodes():
+    assert visible((2, 3), "") == "2,3" and visible((2, 3), "4,5,6,7") == "6,7"
