@@ -5,7 +5,7 @@
 The cases take turns, so that a machine that slows down slows them all; the minimum is what the code can do, the
 median what this machine gave. The last lines are the marks, one each: `mark NAME VALUE TARGET holds|falls short`.
 A mark that falls short is a result, not an error: the exit code is 0. `--quick` ends within a minute. What round it is
-goes to the standard error.
+goes to the standard error, and so do the rows of each part of a program in parts.
 
 A benchmark is a function that registers cases and marks:
 
@@ -141,6 +141,8 @@ class Benchmark:
                 build()
                 part = f"part {number} of {len(self._parts)}, " if len(self._parts) > 1 else ""
                 self._take_turns(self.cases[first:], min(rounds, most), budget_s / len(self._parts), part)
+            if len(self._parts) > 1 and len(self.cases) > first:  # a program that is stopped has said what it knew
+                print("\n".join(self._rows(self.cases[first:])), file=sys.stderr, flush=True)
             for case in self.cases[first:]:
                 case.run = _over  # what it held is freed with it
         assert self.cases, "a benchmark needs a case"
@@ -167,16 +169,19 @@ class Benchmark:
 
     def table(self) -> str:
         """What was measured: seconds of one run, and the rates of the fastest and the median run."""
-        width = max(len(case.label) for case in self.cases)
-        lines = [f"{self.name}: {self.description}", ""]
-        lines.append(f"{'':{width}}  kind   {'min s':>10} {'median s':>10} {'best rate':>12} {'median rate':>12}  runs")
-        for case in self.cases:
+        notes = (note if isinstance(note, str) else note() for note in self.notes)
+        return "\n".join([f"{self.name}: {self.description}", "", *self._rows(self.cases), *notes])
+
+    def _rows(self, cases: list[Case]) -> list[str]:
+        width = max(len(case.label) for case in cases)
+        lines = [f"{'':{width}}  kind   {'min s':>10} {'median s':>10} {'best rate':>12} {'median rate':>12}  runs"]
+        for case in cases:
             row = (
                 f"{case.label:{width}}  {case.kind:5}  {case.best:10.4g} {case.median:10.4g} "
                 f"{case.rate:12,.1f} {case.median_rate:12,.1f}  {len(case.seconds):4}  {case.unit}/s  {case.told()}"
             )
             lines.append(row.rstrip())
-        return "\n".join([*lines, *(note if isinstance(note, str) else note() for note in self.notes)])
+        return lines
 
     def mark_lines(self) -> list[str]:
         values = [(mark, mark.value()) for mark in self.marks]

@@ -56,6 +56,19 @@ def test_parts_take_turns_among_themselves_and_close_before_the_next():
     assert [case.label for case in bench.cases] == ["a", "b", "c"]
 
 
+def test_a_program_that_is_stopped_has_said_the_rows_of_its_parts(capsys: pytest.CaptureFixture[str]) -> None:
+    def stopped() -> None:
+        raise KeyboardInterrupt
+
+    bench = Benchmark("b", "d")
+    bench.part(lambda: bench.case("columns", lambda: 0.25) and None)
+    bench.part(stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.measure(rounds=1, budget_s=100)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.split()[:4] for line in said if line.startswith("columns")] == [["columns", "ours", "0.25", "0.25"]]
+
+
 def test_what_a_part_held_is_freed_with_it():
     class Large:
         def run(self) -> None:
