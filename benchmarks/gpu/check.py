@@ -27,11 +27,12 @@ ROOT = Path(__file__).resolve().parents[2]
 # Seconds that each may take; together under eight minutes. Sections stop by themselves a little before.
 SECONDS = {
     "ceilings": 30,
-    "tests": 150,
+    "tests": 140,
     "logits": 70,
     "head": 50,
-    "update 1.5B": 100,
-    "update 4 layers of 7B": 70,
+    "update 1.5B": 85,
+    "update 4 layers of 7B": 65,
+    "weights": 40,
 }
 
 

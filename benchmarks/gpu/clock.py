@@ -41,6 +41,14 @@ def extra_bytes(work: Callable[[], Any]) -> int:
     return max(0, device.take_peak_memory() - before)
 
 
+def used_memory() -> int:
+    """Bytes of the GPU that anyone uses; on the host, this process's resident set."""
+    if not device.has_cuda():
+        return psutil.Process().memory_info().rss
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
 def free_memory() -> None:
     gc.collect()
     device.release_memory()

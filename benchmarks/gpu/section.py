@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import ceilings, step, vocabulary
+from benchmarks.gpu import ceilings, step, vocabulary, weights
 from benchmarks.gpu.clock import Part, free_memory
 from benchmarks.gpu.sizes import FULL, TINY, Sizes
 from benchmarks.harness import Benchmark
@@ -29,6 +29,7 @@ SECTIONS: dict[str, Callable[..., list[Part]]] = {
     "logits": vocabulary.logits_parts,
     "head": vocabulary.head_parts,
     **{f"update {model}": partial(step.parts, model=model) for model in FULL.models},
+    "weights": weights.parts,
 }
 
 

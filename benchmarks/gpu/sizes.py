@@ -17,6 +17,8 @@ class Sizes:
     models: dict[str, dict[str, Any]]  # config.json
     packs: tuple[int, ...]  # tokens of a micro-batch
     step_tokens: int
+    buckets: tuple[int, ...]  # bytes at most of one of the weights that are pushed
+    cycled: dict[str, Any]  # config.json of the actor whose memory is given up and taken back
     rounds: int
 
 
@@ -29,6 +31,8 @@ FULL = Sizes(
     models={"1.5B": QWEN_1_5B, "4 layers of 7B": qwen_7b(layers=4)},
     packs=(8192, 32_768),
     step_tokens=32_768,
+    buckets=(128 << 20, 1 << 30),
+    cycled=qwen2_config(896, 4864, 6, 14, 2, 151_936, tied=True),
     rounds=7,
 )
 TINY = Sizes(
@@ -42,5 +46,7 @@ TINY = Sizes(
     },
     packs=(32, 64),
     step_tokens=64,
+    buckets=(50_000,),
+    cycled=qwen2_config(64, 128, 1, 2, 1, 300, tied=True),
     rounds=2,
 )
