@@ -100,6 +100,11 @@ class Config:
         return self.rollout.rollout_batch_size // self.mini_batch_size * self.loss.num_reuse
 
     @property
+    def may_train_stale(self) -> bool:
+        """Whether the loss knows what groups of earlier weights were sampled from."""
+        return self.loss.old_log_probs == "engine" or self.loss.importance_cap > 0
+
+    @property
     def alignment(self) -> int:
         """Training sequences are padded to a multiple of this, tokens.
 

@@ -132,6 +132,12 @@ class Run:
         self.controller.load_state_dict(self.state.entropy)
         prompts = self.stream.prompts
         self.carried = [group_from_dict(group, prompts) for group in self.state.carried]
+        if self.carried and not self.config.may_train_stale:
+            self.display.message(
+                f"{len(self.carried)} groups left over by the step before are dropped: earlier weights have sampled "
+                f"them, which loss.old_log_probs={self.config.loss.old_log_probs} does not allow for"
+            )
+            self.carried = []
         for uid, tokens, responses in self.folder.read_lengths(self.state.step):
             self.lengths.note(uid, tokens, responses)
         self.folder.rewind(self.state.step)

@@ -31,7 +31,7 @@ class RunState:
 
     step: int
     stream: dict[str, Any]
-    entropy: dict[str, float]
+    entropy: dict[str, Any]
     stage: dict[str, Any]
     carried: list[dict[str, Any]]  # groups sampled and not yet trained on
     model: dict[str, Any]  # the architecture, to refuse another one on resume

@@ -213,6 +213,10 @@ class RewardConfig:
         "zero", "a response whose <think> never closes: zero (no answer, as when cut) or whole (all of it is read)",
         ("zero", "whole"),
     )  # fmt: skip
+    truncated: str = key(
+        "checked", "a response cut at the length limit: checked as any other, or zero (3.2.3: it has no outcome)",
+        ("checked", "zero"),
+    )  # fmt: skip
     max_queued: int = key(8192, "responses that may wait for a verifier; more make the rollout wait")
     recycle_tasks: int = key(10000, "a worker is replaced after so many checks")
     recycle_mb: int = key(1024, "a worker is replaced when its resident memory is above this, MiB")

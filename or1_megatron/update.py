@@ -150,9 +150,11 @@ class Updater:
 
 
 def mini_batches(sizes: list[int], mini_batch_size: int) -> list[tuple[int, int]]:
-    """[start, end) of the samples of every mini_batch_size groups, whole groups; the last may have fewer."""
+    """[start, end) of the samples of each mini-batch: equal runs of whole groups, as near to mini_batch_size groups as
+    such runs come. Where groups are missing, a rest of a few would make a step as long as any other."""
     ends = [0, *itertools.accumulate(sizes)]
-    cuts = [*range(0, len(sizes), mini_batch_size), len(sizes)]
+    count = max(1, round(len(sizes) / mini_batch_size))
+    cuts = [len(sizes) * i // count for i in range(count + 1)]
     return [(ends[i], ends[j]) for i, j in itertools.pairwise(cuts)]
 
 

@@ -48,7 +48,7 @@ def validate(config: Config) -> None:
         )
     _validate_temperatures(config)
     stale = "rollout.overlap=true" if rollout.overlap else "rollout.refill=expected"
-    if (rollout.overlap or rollout.refill == "expected") and loss.old_log_probs != "engine" and not loss.importance_cap:
+    if (rollout.overlap or rollout.refill == "expected") and not config.may_train_stale:
         raise UserError(
             f"{stale} trains on groups that earlier weights have sampled, so the loss has to know what they were "
             "sampled from; use loss.old_log_probs=engine, or loss.importance_cap above 0"

@@ -1,6 +1,8 @@
 """One training step of the recipe in plain torch: no packing, no sharding, nothing of the package but its types.
 
-L = -(1/N) sum_ijt { min(rho A, clip(rho, 1-eps, 1+eps) A) + alpha H };  AdamW after a global gradient-norm clip.
+L = -(1/N) sum_ijt { v s + alpha H - beta k };  AdamW after a global gradient-norm clip.
+s = min(rho A, clip(rho, 1-eps, 1+eps) A), or A log pi; v, k: importance weight and KL, where the sequences have what
+they compare with.
 """
 
 from __future__ import annotations
@@ -47,6 +49,9 @@ def dense_step(
     temperature: float = 1.0,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
+    surrogate: str = "clip",
+    importance_cap: float = 0.0,
+    kl_coefficient: float = 0.0,
     lr: float,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -63,8 +68,15 @@ def dense_step(
         old = log_prob.detach() if sequence.old_log_probs is None else torch.tensor(sequence.old_log_probs)
         ratio = torch.exp(log_prob - old)
         clipped = torch.clip(ratio, 1 - clip_low, 1 + clip_high)
-        surrogate = torch.minimum(ratio * sequence.advantage, clipped * sequence.advantage)
-        objective = objective + (surrogate + alpha * entropy).sum()
+        policy = torch.minimum(ratio * sequence.advantage, clipped * sequence.advantage)
+        if surrogate == "gradient":
+            policy = sequence.advantage * log_prob
+        if importance_cap:
+            policy = policy * torch.exp(old - torch.tensor(sequence.engine_log_probs)).clip(max=importance_cap)
+        if kl_coefficient:
+            gap = torch.tensor(sequence.reference_log_probs) - log_prob
+            policy = policy - kl_coefficient * (torch.exp(gap) - gap - 1)
+        objective = objective + (policy + alpha * entropy).sum()
         log_probs.append(log_prob.detach())
         entropies.append(entropy.detach())
     loss = -objective / num_tokens

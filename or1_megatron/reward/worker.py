@@ -113,6 +113,8 @@ class Verifier:
 
     def score(self, task: dict[str, Any]) -> dict[str, str]:
         """{"verdict", "detail"}, or {"error"}."""
+        if task["truncated"] and self._settings["truncated"] == "zero":
+            return {"verdict": "truncated", "detail": "cut at the length limit"}
         try:
             verdict, detail = self._score(task)
         except MemoryError:

@@ -1,7 +1,8 @@
 """Group-relative advantages (2.4, 3.1): A_ij = (r_ij - mean_j r) / std_j r, one value for every token of response j.
 
-The advantage mask for truncated responses (3.2.3): `none`, they are like any other (reward 0); `before`, they are left
-out of mean and std and get advantage 0; `after`, they count in mean and std and get advantage 0.
+The advantage mask for truncated responses (3.2.3): `none`, they are like any other; `before`, they are left out of mean
+and std and get advantage 0; `after`, they count in mean and std and get advantage 0. That their reward is 0 is said by
+reward.truncated.
 """
 
 from __future__ import annotations

@@ -12,7 +12,10 @@ the sampled tokens' -log pi for e_k, delta 1e-4 and the clamp [0, 0.005].
 
 from __future__ import annotations
 
+from typing import Any
+
 RULES = ("paper", "released", "fixed", "off")
+_ADAPTIVE = ("paper", "released")
 
 
 class EntropyController:
@@ -42,11 +45,14 @@ class EntropyController:
     def _clamped(self, coefficient: float) -> float:
         return min(max(coefficient, self._minimum), self._maximum)
 
-    def state_dict(self) -> dict[str, float]:
-        return {"coefficient": self.coefficient, "next": self._next, "lagging": self._lagging}
+    def state_dict(self) -> dict[str, Any]:
+        values = {"coefficient": self.coefficient, "next": self._next, "lagging": self._lagging}
+        return {"rule": self._rule, **values}
 
-    def load_state_dict(self, state: dict[str, float]) -> None:
-        if self._rule == "fixed":
-            return  # what the configuration says, also where a resume has changed it
-        self.coefficient, self._next = state["coefficient"], state["next"]
-        self._lagging = state["lagging"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where another controller stopped. Where the configuration has changed since, it says what holds: a
+        coefficient that no adaptation has led to is left behind, and the clamp is the present one."""
+        if self._rule not in _ADAPTIVE or state.get("rule", self._rule) not in _ADAPTIVE:
+            return
+        self.coefficient, self._next = self._clamped(state["coefficient"]), self._clamped(state["next"])
+        self._lagging = min(state["lagging"], self._maximum)  # 0 is the closed gate, whatever the minimum

@@ -82,10 +82,17 @@ def one_step(rank: int, world_size: int, config: Config, sequences: list[Sequenc
         "grads": grads,
         "loss": first.loss if first else 0.0,
         "entropy": first.sums["entropy"] if first else 0.0,
+        "sums": first.sums if first else {},
         "grad_norm": first.grad_norm if first else None,
         "weights": weights(actor),
         "num_batches": len(batches),
     }
+
+
+def one_step_in_chunks(rank: int, world_size: int, chunk_bytes: int, *args: Any) -> dict[str, Any]:
+    """The head's logits in chunks of at most so many bytes, of which a tiny model would have one only."""
+    vocab_head._CHUNK_BYTES = {"cpu": (chunk_bytes, chunk_bytes)}
+    return one_step(rank, world_size, *args)
 
 
 def log_probs(rank: int, world_size: int, config: Config, sequences: list[Sequence]) -> dict[int, torch.Tensor]:

@@ -120,6 +120,37 @@ def test_clipped_ratio_equals_dense_reference(models: dict) -> None:
     assert ranks[0]["grad_norm"] == pytest.approx(reference.grad_norm, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [{"clip_low": 0.1, "clip_high": 0.28, "importance_cap": 1.1, "kl_coefficient": 0.1}, {"surrogate": "gradient"}],
+    ids=["clip-cap-kl", "gradient"],
+)
+def test_every_term_of_the_loss_equals_the_dense_reference_over_chunks_of_a_few_tokens(
+    loss: dict[str, Any], models: dict
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
+    draw = random.Random(3)
+    sequences = [
+        replace(s, **{name: [draw.uniform(-7, -5) for _ in range(s.num_response_tokens)] for name in kinds})
+        for kinds in [("engine_log_probs", "reference_log_probs") if "kl_coefficient" in loss else ()]
+        for s in make_sequences(320, old=True)
+    ]
+    num_tokens = sum(s.num_response_tokens for s in sequences)
+    reference = dense_step(model, sequences, temperature=0.9, **loss, **STEP)
+    config = make_config(models["llama"], tp=2)
+    for name, value in loss.items():
+        setattr(config.loss, name, value)
+    five_tokens = 5 * 4 * 384 // 2  # float32, of a rank's half of the padded vocabulary
+    ranks = run_ranks(2, ranks_actor.one_step_in_chunks, five_tokens, config, sequences)
+    assert ranks[0]["loss"] == pytest.approx(reference.loss, rel=1e-4)
+    sums = ranks[0]["sums"]
+    objective = sums["policy"] + ranks_actor.ALPHA * sums["entropy"]
+    objective -= loss.get("kl_coefficient", 0.0) * sums.get("kl", 0.0)
+    assert ranks[0]["loss"] == pytest.approx(-objective / num_tokens, rel=1e-5), "a chunk is missing in the sums"
+    for name, expected in reference.grads.items():
+        assert (ranks[0]["grads"][name] - expected).abs().max() / expected.abs().max() < 1e-4, name
+
+
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 def test_recompute_changes_nothing(recompute: str, models: dict, references: dict) -> None:
     reference, _, sequences = references["qwen3"]

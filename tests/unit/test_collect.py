@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import threading
@@ -13,7 +14,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from or1_megatron.collect import Rollout, RolloutAhead, fill, rollout_metrics, score_groups, training_sampling
+from or1_megatron.collect import (
+    Rollout,
+    RolloutAhead,
+    fill,
+    rollout_metrics,
+    sampled_entropy,
+    score_groups,
+    training_sampling,
+)  # fmt: skip
 from or1_megatron.config import Config
 from or1_megatron.data.mixture import PromptMixture
 from or1_megatron.errors import RunFailure, UserError
@@ -129,6 +138,46 @@ def test_what_a_stage_has_no_room_for_is_not_carried_over():
     shorter = config(rollout_batch_size=4, context_length=128)
     rollout = fill(shorter, Policy(), PromptMixture([PROMPTS], [1.0], 0), carried)
     assert rollout.kept[:2] == [carried[0], carried[2]] and rollout.surplus[:2] == carried[3:]
+
+
+@pytest.mark.parametrize(("mask", "kept"), [("none", 2), ("before", 1)])
+def test_rejection_heeds_the_mask(mask: str, kept: int):
+    """In the second group the only wrong answer was cut."""
+    wanted = config(rollout_batch_size=2, max_generated_factor=1, refill="exact")
+    wanted.loss.advantage_mask = mask
+
+    def answer(prompts: list[Prompt]) -> list[Group]:
+        groups = Policy()(prompts)
+        for group, rewards in zip(groups, ((1.0, 0.0, 0.0), (1.0, 1.0, 0.0)), strict=True):
+            drawn = group.samples[0]
+            group.samples = [dataclasses.replace(drawn, index=i, reward=r) for i, r in enumerate(rewards)]
+            group.samples[2].finish_reason = "length"
+        return groups
+
+    assert len(fill(wanted, answer, PromptMixture([PROMPTS], [1.0], 0), []).kept) == kept
+
+
+def test_sampled_entropy_is_the_mean_over_every_sampled_token():
+    """Of rejected groups, too, and per token, not per response."""
+    groups = Policy()(PROMPTS[:2])
+    for group, log_probs in zip(groups, ([-1.0], [-2.0, -4.0, -9.0]), strict=True):
+        for sample in group.samples:
+            sample.log_probs = np.array(log_probs, np.float32)
+    rollout = Rollout(generated=groups, kept=groups[:1])
+    assert sampled_entropy(rollout) == (1 + 2 + 4 + 9) / 4
+
+
+def test_training_samples_as_the_stage_says():
+    tree = {
+        "model": {"path": "/m"},
+        "rollout": {"top_p": 0.9, "max_response_length": 7, "stop": ["x"], "pack_while_decoding": False},
+        "steps": 9,
+        "stages": [{"until": 5, "context_length": 24}, {"until": 9, "context_length": 48, "temperature": 0.5}],
+    }
+    second = from_tree([("t", tree)]).all_stages()[1]
+    assert training_sampling(second) == SamplingSpec(
+        temperature=0.5, top_p=0.9, max_response_length=7, stop=("x",), context_length=48, pack=False
+    )
 
 
 def test_a_rollout_that_was_told_to_stop_is_waited_for():

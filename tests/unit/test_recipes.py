@@ -51,6 +51,7 @@ def test_stage_tables_are_the_papers(name: str):
     assert (config.entropy.rule, config.entropy.target, config.entropy.delta) == ("paper", 0.2, 0.005)
     assert config.rollout.temperature == 1.0 and config.loss.rejection and config.loss.kl_coefficient == 0
     assert (config.loss.surrogate, config.loss.mean_over, config.loss.advantage_mask) == ("clip", "tokens", "none")
+    assert config.reward.truncated == "zero"
 
 
 @pytest.mark.parametrize("name", TABLES)

@@ -244,6 +244,9 @@ def test_truncated_and_open_reasoning(tmp_path: Path) -> None:
         ]
     with running(tmp_path, unclosed_reasoning="whole") as service:
         assert names([service.submit(task_of(cut))]) == ["correct"]
+    with running(tmp_path, truncated="zero") as service:
+        whole = dataclasses.replace(ended, finish_reason="stop")
+        assert names([service.submit(task_of(s)) for s in (ended, whole)]) == ["truncated", "correct"]
 
 
 def test_metrics_hold_counts_and_a_histogram(tmp_path: Path) -> None:

@@ -50,6 +50,31 @@ def test_a_fixed_coefficient_is_the_configurations_after_a_resume():
     assert after.alpha(0.1) == 0.003
 
 
+@pytest.mark.parametrize("before", ["fixed", "off"])
+def test_a_coefficient_that_nothing_has_adapted_is_not_carried_into_an_adaptive_rule(before: str):
+    held = make(before, initial=0.1)
+    held.alpha(0.15)
+    after = make()
+    after.load_state_dict(held.state_dict())
+    assert [after.alpha(0.15) for _ in range(3)] == pytest.approx([0.0, 0.005, 0.01])
+
+
+def test_the_rules_of_the_paper_and_of_the_release_go_on_from_each_other():
+    before, after = make("released"), make("paper")
+    for _ in range(3):
+        before.alpha(0.1)
+    after.load_state_dict(before.state_dict())
+    assert after.alpha(0.1) == pytest.approx(0.015)
+
+
+@pytest.mark.parametrize("rule", ["paper", "released"])
+def test_a_resume_has_its_own_clamp(rule: str):
+    before, after = make(rule, initial=0.045), make(rule, maximum=0.005)
+    before.alpha(0.1)
+    after.load_state_dict(before.state_dict())
+    assert [after.alpha(0.1) for _ in range(3)] == [0.005] * 3
+
+
 def test_initial_is_the_first_coefficient():
     assert make(initial=0.003).alpha(0.1) == 0.003
 

@@ -14,10 +14,11 @@ from or1_megatron.rl.filter import informative_share, is_informative, refill_siz
 from or1_megatron.types import Group, Prompt, Sample
 
 
-def make_group(rewards: list[float]) -> Group:
+def make_group(rewards: list[float], truncated: tuple[int, ...] = ()) -> Group:
     prompt = Prompt("p", "text", (1,), ("4",))
+    ends = ["length" if i in truncated else "stop" for i in range(len(rewards))]
     samples = [
-        Sample(prompt, i, np.array([2]), np.array([-0.5]), "x", "stop", 0, reward=r) for i, r in enumerate(rewards)
+        Sample(prompt, i, np.array([2]), np.array([-0.5]), "x", ends[i], 0, reward=r) for i, r in enumerate(rewards)
     ]
     return Group(prompt, samples)
 
@@ -25,6 +26,12 @@ def make_group(rewards: list[float]) -> Group:
 @given(st.lists(st.sampled_from([0.0, 0.1, 1.0]), min_size=2, max_size=16))
 def test_informative_is_a_non_zero_advantage(rewards: list[float]):
     assert is_informative(make_group(rewards)) == any(group_advantages(rewards))
+
+
+@pytest.mark.parametrize(("mask", "informative"), [("none", True), ("after", True), ("before", False)])
+def test_a_group_whose_contrast_is_masked_is_not_informative(mask: str, informative: bool):
+    assert is_informative(make_group([1.0, 1.0, 0.0], truncated=(2,)), mask) == informative
+    assert is_informative(make_group([1.0, 0.0, 0.0], truncated=(2,)), mask)
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,9 @@ def test_masked_groups_without_contrast_are_worth_nothing():
 
 
 def test_mini_batches_are_whole_groups():
-    assert mini_batches([4, 4, 4, 4, 4], 2) == [(0, 8), (8, 16), (16, 20)]
+    assert mini_batches([4, 4, 4, 4], 2) == [(0, 8), (8, 16)]
+    assert mini_batches([4, 4, 4, 4, 4], 3) == [(0, 8), (8, 20)]
+    assert mini_batches([4] * 129, 128) == [(0, 4 * 129)], "one group would make a step of its own"
     assert mini_batches([4], 64) == [(0, 4)]
     for (_, end), (start, _) in itertools.pairwise(mini_batches([2, 3, 4], 1)):
         assert end == start
