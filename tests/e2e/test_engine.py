@@ -8,6 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,8 @@ from or1_megatron.parallel import shared_memory
 from or1_megatron.parallel.bucket import checksum, pack_buckets, plan_buckets, slot_view
 from or1_megatron.parallel.packed_weights import box_view, plan_packed
 from or1_megatron.parallel.weight_exchange import LOOPBACK, Sender, join, open_meeting
-from or1_megatron.rollout.engine import EngineSpec, SamplingSpec
+from or1_megatron.recipe import from_tree
+from or1_megatron.rollout.engine import Engine, EngineSpec, SamplingSpec, engine_spec
 from or1_megatron.rollout.worker import RolloutWorker
 from or1_megatron.types import Group, Prompt, Sample
 from tests.tiny_models import EOS, byte_tokenizer, write_tiny_model
@@ -121,6 +124,37 @@ def test_end_of_sequence_is_part_of_the_response_and_the_context_is_the_limit(wo
     ended = [sample for sample in samples(groups) if not sample.truncated]
     assert lengths and set(lengths) == {CONTEXT}
     assert ended and all(sample.tokens.tolist().index(EOS) == len(sample.tokens) - 1 for sample in ended)
+
+
+def test_a_stage_may_have_a_shorter_context_than_the_engine(worker):
+    groups = list(worker.generate([prompt("count to ten")], 100, SamplingSpec(1.0, 1.0, 0, context_length=40)))
+    lengths = [sample.num_tokens for sample in samples(groups) if sample.truncated]
+    assert lengths and set(lengths) == {40}
+
+
+def test_log_probs_are_those_of_the_nucleus(worker, checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    groups = list(worker.generate([prompt("what is 7?")], 8, SamplingSpec(1.0, 0.5, 16)))
+    for sample in samples(groups):
+        tokens = torch.tensor([*sample.prompt.tokens, *sample.tokens])
+        with torch.no_grad():
+            probs = model(tokens[None]).logits[0, len(sample.prompt.tokens) - 1 : -1].softmax(-1)
+        likely, order = probs.sort(descending=True)
+        inside = likely.cumsum(-1) - likely < 0.5  # up to the token that brings half of the probability
+        drawn = order == torch.tensor(sample.tokens)[:, None]
+        expected = (likely[drawn] / (likely * inside).sum(-1)).log()
+        assert bool(inside[drawn].all())
+        torch.testing.assert_close(torch.tensor(sample.log_probs), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_engines_runs_and_versions_draw_from_seeds_of_their_own():
+    def seed(index: int = 0, run: int = 0, version: int = 1) -> int:
+        engine: Any = SimpleNamespace(
+            spec=engine_spec(from_tree([("t", {"model": {"path": "/m"}, "seed": run})]), index)
+        )
+        return Engine._seed_of(engine, version)
+
+    assert len({seed(), seed(index=1), seed(index=2), seed(run=9), seed(version=2), seed(version=3)}) == 6
 
 
 def test_a_response_that_is_packed_later_is_the_same(worker):
@@ -248,7 +282,7 @@ def test_weights_broadcast_by_four_ranks(worker, checkpoint):
     plan = plan_packed(read_architecture(checkpoint), tp=2, pp=2, dtype=torch.float32, bucket_bytes=40_000)
     assert len(plan) > 4
     meeting, _store = open_meeting(LOOPBACK, 60)
-    models = [perturbed(checkpoint, seed) for seed in (11, 12)]
+    models = [perturbed(checkpoint, seed) for seed in (11, 12, 12, 12)]
 
     def send(rank: int) -> None:
         weights = {name: torch.empty_like(p) for name, p in models[0].named_parameters()}
@@ -262,12 +296,16 @@ def test_weights_broadcast_by_four_ranks(worker, checkpoint):
     with ThreadPoolExecutor(4) as ranks:
         sent = [ranks.submit(send, rank) for rank in range(4)]
         worker.join_ranks(plan, meeting, 4, 5)
-        for version, model in enumerate(models, 60):
+        drawn = []
+        for version, model in zip((60, 61, 61, 62), models, strict=True):
             (sums,) = worker.take_weights(version, checksums=True)
             assert worker.ping() == version
             assert sums == {name: checksum(tensor.detach()) for name, tensor in model.named_parameters()}
             told = torch.tensor(worker.prompt_log_probs(PROBE))
             torch.testing.assert_close(told, hf_log_probs(model, PROBE), atol=TOLERANCE, rtol=0)
+            groups = worker.generate([prompt("3 + 4 =")], 4, SamplingSpec(1.0, 1.0, 16))
+            drawn.append([sample.tokens.tolist() for sample in samples(list(groups))])
+        assert drawn[1] == drawn[2] != drawn[3], "the same version draws the same samples again"
         for rank in sent:
             rank.result()
 

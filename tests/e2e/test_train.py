@@ -17,14 +17,12 @@ import pytest
 import torch
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
 
 from or1_megatron.convert import hf_to_megatron, megatron_to_hf
-from or1_megatron.data.prompts import PromptStream
 from or1_megatron.profiling.calibration import computing_seconds, events_by_step
 from or1_megatron.recipe import load
 from or1_megatron.runfolder import RunFolder
-from or1_megatron.types import Prompt
+from tests.e2e.runs import finish, metrics, nothing_left, start, wait_for_steps
 from tests.tiny_models import write_tiny_model
 from tests.tiny_recipe import write_tiny_recipe
 
@@ -36,54 +34,6 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_tiny_model(root / "model", "llama", tied=True)
     write_tiny_recipe(root, model, evaluation={"files": [str(root / "problems.jsonl")], "num_samples": 2})
     return root
-
-
-def start(workplace: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "or1_megatron", "train", *arguments]
-    return subprocess.Popen(
-        command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def finish(process: subprocess.Popen[str], timeout_s: float = 180) -> str:
-    try:
-        return process.communicate(timeout=timeout_s)[0]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-
-
-def metrics(run: Path) -> list[dict]:
-    """Of its steps."""
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [row for row in rows if "seconds/step" in row]
-
-
-def wait_for_steps(run: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 150
-    while not ((run / "metrics.jsonl").is_file() and len(metrics(run)) >= steps):
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run did not get that far in time"
-        time.sleep(0.2)
-
-
-def of_this_run(workplace: Path) -> list[psutil.Process]:
-    """Live processes started from the workplace folder or belonging to a Ray session started there."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if process.status() != psutil.STATUS_ZOMBIE and process.cwd().startswith(str(workplace)):
-                found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return found
-
-
-def nothing_left(workplace: Path) -> None:
-    deadline = time.monotonic() + 15
-    while (left := of_this_run(workplace)) and time.monotonic() < deadline:
-        time.sleep(0.3)
-    assert not left, [" ".join(process.cmdline()[:4]) for process in left]
 
 
 @pytest.mark.parametrize("degree", ["tp", "pp"])
@@ -105,7 +55,10 @@ def test_three_steps_on_two_ranks(workplace: Path, degree: str) -> None:
         assert row["grad_norm"] > 0 and row["groups/kept"] == 4
         assert 0 < row["mfu"] < 1, row
     check_times(run, rows)
-    assert rows[0]["loss"] != rows[2]["loss"], "the policy did not change"
+    megatron_to_hf(run / "checkpoints" / "step-000003" / "actor", workplace / "model", run / "hf")
+    before, after = (load_file(path / "model.safetensors") for path in (workplace / "model", run / "hf"))
+    unchanged = [name for name in before if torch.equal(before[name], after[name])]
+    assert not unchanged, f"three steps did not move {unchanged}"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval/avg@2" in line] == [0, 3]
     assert (run / "checkpoints" / "step-000003" / "driver.json").is_file()
@@ -202,68 +155,6 @@ def test_wandb_without_the_package_is_refused_at_once(workplace: Path) -> None:
     output = finish(process)
     assert process.returncode == 2 and "pip install 'or1_megatron[wandb]'" in output, output
     assert not run.exists()
-
-
-def write_boxing_problems(workplace: Path, groups: str) -> list[str]:
-    """A model that boxes a random number up to 60 within a few tokens, and one problem a letter, in the order in which
-    they are asked: M, half of the numbers are right, so that a large group is mixed; H, none is. The keys of both."""
-    model = write_tiny_model(workplace / "boxing", "llama", tied=True)
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens([f"\\boxed{{{number}}}" for number in range(61)])
-    tokenizer.save_pretrained(model)
-    places = PromptStream([Prompt(str(i), "t", (1,), ("",)) for i in range(len(groups))], 0).take(len(groups))
-    rows = [{} for _ in groups]
-    for letter, place in zip(groups, places, strict=True):
-        gold = [str(number) for number in range(30)] if letter == "M" else "no number"
-        rows[int(place.uid)] = {
-            "data_source": "t", "prompt": f"{place.uid} + 1 =", "reward_model": {"ground_truth": gold}
-        }  # fmt: skip
-    (workplace / "boxing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sampling = ("rollout.group_size=16", 'rollout.stop=["}"]', "loss.rejection=true", "optimizer.lr=1e-4")
-    return [f"model.path={model}", f"data.train=[{workplace}/boxing.jsonl]", "evaluation.files=[]", *sampling]
-
-
-def test_off_policy_and_resume(workplace: Path) -> None:
-    """Two optimizer steps per rollout on two replicas, one step off, vocabulary entropy, a surplus of informative
-    groups that goes into the next step; then a step after a resume."""
-    run = workplace / "run-resume"
-    options = [
-        "parallel.num_ranks=2",
-        "loss.mini_batch_size=2",
-        "loss.old_log_probs=engine",
-        "rollout.overlap=true",
-        "rollout.transport=ray",
-        "rollout.refill=expected",
-        "rollout.max_generated_factor=4",
-        *write_boxing_problems(workplace, "HHMM" + "MMMM" + "HM" + "MM" + "MMM"),
-    ]
-    process = start(workplace, "recipe.yaml", f"run_dir={run}", "steps=2", "entropy.signal=vocabulary", *options)
-    output = finish(process)
-    assert process.returncode == 0, output
-    assert [row["sgd_steps"] for row in metrics(run)[:2]] == [2, 2]
-    assert [row["staleness"] for row in metrics(run)[:2]] == [0, 1]
-    assert metrics(run)[0]["mismatch/max"] < 1e-3 < metrics(run)[1]["mismatch/max"]
-    # At the end of step 1 the engine decodes ahead and is not waited for; the trace has it nevertheless.
-    assert [sorted(row["idle"])[0] for row in metrics(run)[:2]] == ["rank0", "engine0"]
-    trace = json.loads((run / "trace.json").read_text())["traceEvents"]
-    assert sum(event["name"] == "generate" for event in trace) >= 3
-    process = start(workplace, "--resume", str(run), "steps=3")
-    output = finish(process)
-    assert process.returncode == 0, output
-    assert "resumed after step 2" in output
-    rows = [row for row in metrics(run) if "loss" in row]
-    # The resume samples anew, with the weights that were saved; what is carried over is two versions old.
-    assert [(row["step"], row["staleness"]) for row in rows] == [(1, 0), (2, 1), (3, 0.5)]
-    counts = [{name: row[f"groups/{name}"] for name in ("generated", "dropped", "kept", "surplus")} for row in rows]
-    assert counts == [
-        {"generated": 8, "dropped": 2, "kept": 4, "surplus": 2},  # half of four were kept, so four for the missing two
-        {"generated": 4, "dropped": 1, "kept": 4, "surplus": 1},  # one of two was, so two for the missing one
-        {"generated": 3, "dropped": 0, "kept": 4, "surplus": 0},
-    ]
-    assert [row["groups/carried"] for row in rows] == [0, 2, 1]
-    saved = [read_table(path).num_rows for path in sorted((run / "rollouts").glob("*.parquet"))]
-    assert saved == [16 * 8, 16 * 4, 16 * 3]  # every response once, in the step that sampled it
-    nothing_left(workplace)
 
 
 def test_two_stages_and_a_bitwise_resume(workplace: Path) -> None:

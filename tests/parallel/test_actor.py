@@ -265,6 +265,35 @@ def test_resume_is_bitwise_and_loads_at_other_degrees(models: dict, tmp_path: Pa
         assert found == pytest.approx(total, rel=1e-4)
 
 
+@pytest.mark.parametrize("key", ["weight_decay", "beta1"])
+def test_a_resume_takes_the_optimizers_settings_from_the_configuration(key: str, models: dict, tmp_path: Path) -> None:
+    """And not from the checkpoint: one step with another value, against what follows from the step without it."""
+    sequences, directory = make_sequences(320), tmp_path / "checkpoint"
+    directory.mkdir()
+    config, other = make_config(models["llama"]), make_config(models["llama"])
+    setattr(other.optimizer, key, 0.5)
+    run_ranks(1, ranks_actor.save_and_go_on, config, sequences, directory, 0)
+
+    def after(config: Config, steps: int) -> list[torch.Tensor]:
+        ((_, state),) = run_ranks(1, ranks_actor.load_and_go_on, config, sequences, directory, steps)
+        return [tensor.view(torch.float32) for tensor in state[:-1]]  # without the generator's numbers
+
+    before, same, changed = after(config, 0), after(config, 1), after(other, 1)
+    num_weights = len(before) // 4  # each with step and two moments
+    matrices = 0
+    for i in range(num_weights):
+        if key == "weight_decay":  # w - lr decay w - ...; norms are not decayed
+            difference, decayed = changed[i] - same[i], -1e-3 * (0.5 - config.optimizer.weight_decay) * before[i]
+            if not torch.equal(changed[i], same[i]):
+                matrices += 1
+                torch.testing.assert_close(difference, decayed, atol=1e-7, rtol=1e-2)
+        else:  # m = beta m + (1 - beta) g
+            place = num_weights + 3 * i + 1
+            expected = 5 * same[place] - 4 * before[place]
+            torch.testing.assert_close(changed[place], expected, atol=1e-5 * float(expected.abs().max()), rtol=0)
+    assert key == "beta1" or 0 < matrices < num_weights
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_giving_the_memory_away_and_back_changes_no_bit(dtype: str, models: dict) -> None:
     sequences = make_sequences(320)

@@ -22,7 +22,7 @@ from or1_megatron.collect import (
     sampled_entropy,
     score_groups,
     training_sampling,
-)  # fmt: skip
+)
 from or1_megatron.config import Config
 from or1_megatron.data.mixture import PromptMixture
 from or1_megatron.errors import RunFailure, UserError
