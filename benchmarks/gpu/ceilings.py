@@ -5,6 +5,7 @@ The copy counts bytes read and bytes written. Inputs are random: zeros are faste
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -15,6 +16,8 @@ from benchmarks.gpu.clock import Part, seconds
 from benchmarks.gpu.sizes import Sizes
 from benchmarks.harness import Benchmark
 from or1_megatron.parallel.device import device, peak_flops
+
+_WARM_UP_S = 0.3
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ def _measure(sizes: Sizes, facts: dict[str, Any], bench: Benchmark) -> None:
     target = torch.empty_like(source)
     side = sizes.square
     left, right, product = (torch.randn(side, side, device=here).bfloat16() for _ in range(3))
+    until = time.perf_counter() + _WARM_UP_S
+    while time.perf_counter() < until:  # an idle GPU's clocks are low
+        seconds(lambda: torch.mm(left, right, out=product))
     copy = bench.case(
         f"copy of {source.nbytes / 1e9:.2g} GB", lambda: seconds(lambda: target.copy_(source)), "floor",
         2 * source.nbytes / 1e9, "GB",

@@ -1,9 +1,10 @@
 """What `make gpu-check` runs: tests marked `gpu` and the GPU benchmarks, on one GPU, in eight minutes at most.
 
-    python -m benchmarks.gpu.check [--out gpu-check.json] [--device cuda|cpu] [--tiny] [--without-tests]
+    python -m benchmarks.gpu.check [--out gpu-check.json] [--device cuda|cpu] [--tiny] [--only NAME ...]
 
-The two ceilings are measured first. Each section is a process of its own with its share of the time. At the end there
-is one table, and FILE has everything: rows, marks, tests, kernels, machine, versions. `--device cpu --tiny` goes
+The two ceilings are measured first. Each section is a process of its own with its share of the time and what the ones
+before it have left. FILE is written anew after each: rows, marks, tests, kernels, machine, versions; at the end there
+is one table of it. `--only` keeps what FILE has of the others, the ceilings included. `--device cpu --tiny` goes
 through every line without a GPU; its figures mean nothing. Exit code 1: a test failed or ours failed, or a section left
 nothing. A mark that falls short is a result and no failure.
 """
@@ -21,22 +22,27 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
+
+from benchmarks.gpu import verdicts
 
 ROOT = Path(__file__).resolve().parents[2]
-# Seconds that each may take; together under eight minutes. Sections stop by themselves a little before.
+# Seconds of each; together eight minutes. Sections stop by themselves a little before.
 SECONDS = {
-    "ceilings": 30,
-    "tests": 140,
-    "logits": 70,
-    "head": 50,
-    "update 1.5B": 85,
-    "update 4 layers of 7B": 65,
-    "weights": 40,
+    "ceilings": 60,
+    "tests": 170,
+    "logits": 60,
+    "head": 40,
+    "update 1.5B": 70,
+    "update 4 layers of 7B": 45,
+    "weights": 35,
 }
+_CLOSING_S = 5.0  # of a section
+# Quick ones first: what is stopped has the others.
+_TESTS = ("kernels", "seam", "actor")
+GPU_TESTS = [*(f"tests/gpu/test_gpu_{name}.py" for name in _TESTS), "tests/parallel/test_weights.py"]
 
 
-def environment(where: str) -> dict[str, str]:
+def environment(where: str, **more: str) -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if where == "cpu" else {}
     return {
@@ -44,73 +50,82 @@ def environment(where: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "HF_HUB_OFFLINE": "1",
         "PYTHONWARNINGS": "ignore",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
         **hidden,
+        **more,
     }
 
 
-def run(command: list[str], where: str, limit_s: float) -> tuple[int | None, str]:
+def run(command: list[str], env: dict[str, str], limit_s: float, log: Path) -> tuple[int | None, str]:
     """Exit code, None when it was stopped, and the last lines of what it said."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command], cwd=ROOT, env=environment(where), start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    try:
-        said = process.communicate(timeout=limit_s)[0]
-        return process.returncode, said[-2000:]
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own processes hold the GPU, too
-        return None, process.communicate()[0][-2000:]
+    with log.open("w") as file:  # not a pipe: whoever outlives the process would hold it open
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=ROOT, env=env, start_new_session=True,
+            stdout=file, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            code = process.wait(limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its own processes hold the GPU, too
+            process.wait()
+            code = None
+    return code, log.read_text(errors="replace")[-2000:]
 
 
-def run_section(name: str, where: str, tiny: bool, scratch: Path) -> dict[str, Any]:
+def run_section(name: str, where: str, tiny: bool, scratch: Path, limit_s: float) -> dict[str, Any]:
     """What the section has written; `failures` says what is missing."""
-    out, limit_s = scratch / f"{name}.json".replace(" ", "-"), SECONDS[name]
-    command = ["benchmarks.gpu.section", name, "--out", str(out), "--seconds", str(0.8 * limit_s)]
+    out = scratch / f"{name}.json".replace(" ", "-")
+    deadline = time.monotonic() + limit_s - min(_CLOSING_S, limit_s / 5)
+    command = ["benchmarks.gpu.section", name, "--out", str(out), "--deadline", str(deadline)]
     if name != "ceilings":
         command += ["--ceilings", str(scratch / "ceilings.json")]
-    code, said = run([*command, *(["--tiny"] if tiny else [])], where, limit_s)
+    code, said = run([*command, *(["--tiny"] if tiny else [])], environment(where), limit_s, out.with_suffix(".log"))
     found = json.loads(out.read_text()) if out.exists() else {"rows": [], "marks": [], "notes": [], "failures": []}
     if code is None:
-        found["failures"].append({"where": name, "error": f"stopped after {limit_s} s", "traceback": said})
+        found["failures"].append({"where": name, "error": f"stopped after {limit_s:.3g} s", "traceback": said})
     elif code:
         found["failures"].append({"where": name, "error": f"exit code {code}", "traceback": said})
     return found
 
 
-def run_tests(where: str, scratch: Path) -> dict[str, Any]:
+def run_tests(where: str, scratch: Path, limit_s: float) -> dict[str, Any]:
     """Counts, and the first line of each failure and skip."""
-    report = scratch / "tests.xml"
-    chosen = ["-m", "gpu", "tests/gpu", "tests/parallel/test_weights.py"] if where == "cuda" else ["tests/gpu"]
-    command = ["pytest", "-q", "-p", "no:cacheprovider", *chosen, f"--junitxml={report}"]
-    code, said = run(command, where, SECONDS["tests"])
-    found: dict[str, Any] = {"passed": 0, "failed": [], "skipped": [], "exit": code}
-    if not report.exists():
-        found["failed"].append({"test": "tests/gpu", "reason": "stopped" if code is None else said})
-        return found
-    for case in ElementTree.parse(report).iter("testcase"):
-        verdict = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
-        if verdict is None:
-            found["passed"] += 1
-        else:
-            reason = (verdict.get("message") or "").strip().partition("\n")[0]
-            kind = "skipped" if verdict.tag == "skipped" else "failed"
-            found[kind].append({"test": case.get("name"), "reason": reason})
-    return found
+    chosen = ["-m", "gpu", *GPU_TESTS] if where == "cuda" else ["tests/gpu"]
+    path = scratch / "verdicts.jsonl"
+    command = ["pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.verdicts", *chosen]
+    code, said = run(command, environment(where, OR1_VERDICTS=str(path)), limit_s, scratch / "tests.log")
+    rows = verdicts.read(path)
+    found: dict[str, Any] = {
+        outcome: [{key: row[key] for key in ("test", "reason")} for row in rows if row["outcome"] == outcome]
+        for outcome in ("failed", "skipped")
+    }
+    if code is None:
+        found["failed"].append({"test": "the others", "reason": f"stopped after {limit_s:.3g} s: {said[-500:]}"})
+    elif not rows:
+        found["failed"].append({"test": "tests/gpu", "reason": said})
+    return {"passed": sum(row["outcome"] == "passed" for row in rows), **found, "exit": code}
 
 
-def table(record: dict[str, Any]) -> str:
-    """One line per thing measured, then notes, marks and tests."""
-    sections = record["sections"]
+def rows_told(sections: dict[str, Any]) -> list[str]:
     rows = [(name, row) for name, section in sections.items() for row in section["rows"]]
     width = max((len(row["label"]) for _, row in rows), default=0)
-    lines = [f"gpu-check on {record['machine']['gpu']}, {record['seconds']:.0f} s", ""]
-    lines += ["tiny sizes: the figures mean nothing", ""] if record["tiny"] else []
+    lines = []
     for name, row in rows:
         rate = row["amount"] / row["median"]
         lines.append(
             f"{name:21} {row['kind']:5} {row['label']:{width}} {1e3 * row['median']:10.4g} ms "
             f"{rate:12,.4g} {row['unit']}/s  {row['remark']}".rstrip()
         )
+    return lines
+
+
+def table(record: dict[str, Any]) -> str:
+    """One line per thing measured, then notes, marks and tests."""
+    sections = record["sections"]
+    lines = [f"gpu-check on {record['machine']['gpu']}, {record['seconds']:.0f} s", ""]
+    lines += ["tiny sizes: the figures mean nothing", ""] if record["tiny"] else []
+    lines += rows_told(sections)
     lines += [f"{name:21} note  {note}" for name, section in sections.items() for note in section["notes"]]
     for label, kernels in (pair for section in sections.values() for pair in section.get("kernels", {}).items()):
         lines += ["", f"kernels of one step: {label}"]
@@ -133,23 +148,49 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def check(where: str, *, tiny: bool, tests: bool) -> dict[str, Any]:
-    """Everything that gpu-check.json holds."""
+def check(where: str, chosen: list[str], *, tiny: bool, before: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Runs what is chosen, in order, and returns all that gpu-check.json holds; `before` has the rest."""
     from benchmarks.harness import machine
     from or1_megatron.runfolder import package_versions
 
-    started, record = time.monotonic(), {"device": where, "tiny": tiny}
-    sections: dict[str, Any] = {}
+    started, total_s = time.monotonic(), sum(SECONDS[name] for name in chosen)
+    record = {"tests": None, "sections": {}, **before, "device": where, "tiny": tiny, "machine": machine()}
+    record["versions"] = {"python": platform.python_version(), **package_versions()}
+    sections = record["sections"]
     with tempfile.TemporaryDirectory(prefix="or1-gpu-check-") as directory:
         scratch = Path(directory)
-        for name in SECONDS:
-            print(f"gpu-check: {name} ...", file=sys.stderr, flush=True)
+        if "ceilings" in sections:
+            (scratch / "ceilings.json").write_text(json.dumps(sections["ceilings"]))
+        for place, name in enumerate(chosen):
+            later_s = sum(SECONDS[later] for later in chosen[place + 1 :])
+            limit_s = max(1.0, total_s - (time.monotonic() - started) - later_s)
+            print(f"gpu-check: {name}, at most {limit_s:.0f} s ...", file=sys.stderr, flush=True)
             if name == "tests":
-                record["tests"] = run_tests(where, scratch) if tests else None
-            elif name == "ceilings" or "ceilings" in sections["ceilings"]:
-                sections[name] = run_section(name, where, tiny, scratch)
-    record |= {"sections": sections, "machine": machine(), "seconds": time.monotonic() - started}
-    return {**record, "versions": {"python": platform.python_version(), **package_versions()}}
+                record["tests"] = run_tests(where, scratch, limit_s)
+            else:
+                sections[name] = _section(name, where, tiny, scratch, limit_s, sections)
+                print("\n".join(rows_told({name: sections[name]})), file=sys.stderr, flush=True)
+            record["seconds"] = time.monotonic() - started
+            _write(out, record)
+    return record
+
+
+def _section(
+    name: str, where: str, tiny: bool, scratch: Path, limit_s: float, sections: dict[str, Any]
+) -> dict[str, Any]:
+    if name != "ceilings" and "ceilings" not in sections.get("ceilings", {}):
+        missing = {"where": name, "error": "not run: there are no ceilings to measure against", "traceback": ""}
+        return {"rows": [], "marks": [], "notes": [], "failures": [missing]}
+    found = run_section(name, where, tiny, scratch, limit_s)
+    if name == "ceilings" and "ceilings" not in found:  # the first process here reads all of CUDA from the disk
+        found = run_section(name, where, tiny, scratch, limit_s)
+    return found
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    temporary = out.with_suffix(".part")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, out)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,17 +198,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--without-tests", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=tuple(SECONDS), metavar="NAME", help=", ".join(SECONDS))
     options = parser.parse_args(arguments)
     from or1_megatron.parallel.device import has_cuda
 
     if options.device == "cuda" and not has_cuda():
         print("gpu-check: torch sees no CUDA device here, nothing was run; see nvidia-smi", file=sys.stderr)
         return 2
-    record = check(options.device, tiny=options.tiny, tests=not options.without_tests)
-    temporary = options.out.with_suffix(".part")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, options.out)
+    before = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
+    chosen = [name for name in SECONDS if not options.only or name in options.only]
+    if "ceilings" not in before.get("sections", {}).get("ceilings", {}) and "ceilings" not in chosen:
+        chosen = ["ceilings", *chosen]
+    record = check(options.device, chosen, tiny=options.tiny, before=before, out=options.out)
     print(table(record))
     print(f"written: {options.out}")
     tests = record["tests"]

@@ -126,7 +126,16 @@ def _steps(
         # What is recomputed is not useful work, so only a step that recomputes nothing has a mark.
         if recompute == "none":
             bench.mark(f"MFU_{model}_packs_{pack_tokens}_{layers}".replace(" ", "_"), mfu, 0.45)
-            facts.setdefault("kernels", {})[label] = kernels(step)
+            bench.note(partial(_list_kernels, facts, label, step))
+
+
+def _list_kernels(facts: dict[str, Any], label: str, step: Any) -> str:
+    """After the step was timed: the profiler may fail, and may slow down what follows."""
+    try:
+        facts.setdefault("kernels", {})[label] = kernels(step)
+    except Exception as error:
+        return f"{label}: no list of kernels, {type(error).__name__}: {error}"
+    return f"{label}: its kernels are listed below"
 
 
 def _of_peak(case: Case, flops: float, peak: float) -> float:

@@ -213,7 +213,7 @@ def _trl() -> Callable[..., Any] | None:
 def _module(name: str) -> Any:
     try:
         return importlib.import_module(name)
-    except ImportError:
+    except Exception:  # whatever a peer can lack here
         return None
 
 

@@ -38,7 +38,7 @@ def methods(tp: int) -> dict[str, Method]:
             sys.path.insert(0, f"{sys.prefix}/hydra")
         try:
             peer = importlib.import_module(module)
-        except ModuleNotFoundError:
+        except Exception:  # whatever a peer can lack here
             continue
         add(found, peer, tp)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -150,4 +151,4 @@ def tiny_sections(directory: Path) -> None:
 
     ceilings = Ceilings(bytes_per_s=1e9, flops=1e12, peak_flops=2e12)
     for name in SECTIONS:
-        measure(name, TINY, ceilings, 60, directory / f"{name}.json")
+        measure(name, TINY, ceilings, time.monotonic() + 60, directory / f"{name}.json")

@@ -25,7 +25,8 @@ def run_on(where: str, function: Callable[..., Any], *args: Any, compiled: bool 
     `function` is importable by name; what it returns is picklable, its tensors on the CPU. Raises RuntimeError with the
     rank's traceback.
     """
-    environment = {"OR1_COMPILE": "1" if compiled else "0"}
+    # Megatron compiles some of its own where there is a GPU, whatever ours does.
+    environment = {"OR1_COMPILE": str(int(compiled)), "TORCHDYNAMO_DISABLE": str(int(not compiled))}
     if where == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     ours, theirs = _CONTEXT.Pipe()

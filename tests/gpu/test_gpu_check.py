@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +51,67 @@ def test_a_part_that_fails_is_told_and_the_next_one_runs(tmp_path: Path, monkeyp
         bench.case("sound", lambda: 1.0)
 
     monkeypatch.setitem(section.SECTIONS, "head", lambda *_: [broken, sound])
-    section.measure("head", TINY, None, 10, tmp_path / "head.json")
+    section.measure("head", TINY, None, time.monotonic() + 10, tmp_path / "head.json")
     found = json.loads((tmp_path / "head.json").read_text())
     assert [row["label"] for row in found["rows"]] == ["sound"]
     assert [fault["error"] for fault in found["failures"]] == ["misaligned address"]
-    section.measure("head", TINY, None, -1, tmp_path / "late.json")
+    section.measure("head", TINY, None, time.monotonic() - 1, tmp_path / "late.json")
     late = json.loads((tmp_path / "late.json").read_text())
     assert late["rows"] == [] and len(late["notes"]) == 2
 
 
-def test_a_section_that_dies_or_hangs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = check.run_section("head", "cpu", True, tmp_path)  # without the file of the ceilings
+def test_a_section_that_dies_or_hangs_is_told(tmp_path: Path) -> None:
+    found = check.run_section("head", "cpu", True, tmp_path, 60)  # without the file of the ceilings
     assert found["rows"] == [] and found["failures"][0]["error"] == "exit code 1"
     assert "FileNotFoundError" in found["failures"][0]["traceback"]
-    monkeypatch.setitem(check.SECONDS, "head", 0.2)
-    assert check.run_section("head", "cpu", True, tmp_path)["failures"][0]["error"] == "stopped after 0.2 s"
+    stopped = check.run_section("head", "cpu", True, tmp_path, 0.2)
+    assert stopped["failures"][0]["error"] == "stopped after 0.2 s"
+
+
+def test_tests_that_are_stopped_leave_the_verdicts_they_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that hangs has started a process that outlives it in a session of its own and keeps its output open."""
+    (tmp_path / "test_some.py").write_text(
+        "import subprocess, time, pytest\n"
+        "def test_sound(): pass\n"
+        "@pytest.mark.skip(reason='no device')\n"
+        "def test_skipped(): pass\n"
+        "def test_wrong(): assert 1 == 2\n"
+        "def test_hangs():\n"
+        "    subprocess.Popen(['sleep', '60'], start_new_session=True)\n"
+        "    time.sleep(60)\n"
+    )
+    monkeypatch.setattr(check, "GPU_TESTS", [str(tmp_path / "test_some.py")])
+    monkeypatch.setattr(check, "environment", lambda where, **more: {**os.environ, "PYTHONPATH": str(ROOT), **more})
+    started = time.monotonic()
+    found = check.run_tests("cuda", tmp_path, 8)
+    assert time.monotonic() - started < 20 and found["exit"] is None
+    assert found["passed"] == 1
+    assert [(row["test"].rpartition(":")[2], row["reason"]) for row in found["skipped"]] == [
+        ("test_skipped", "no device")
+    ]
+    wrong, others = found["failed"]
+    assert wrong["test"].endswith("::test_wrong") and wrong["reason"] == "assert 1 == 2"
+    assert others["test"] == "the others" and others["reason"].startswith("stopped after 8 s")
+
+
+def test_each_section_is_written_at_once_and_only_keeps_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "gpu-check.json", []
+    empty = {"rows": [], "marks": [], "notes": [], "failures": []}
+
+    def run_section(name: str, where: str, tiny: bool, scratch: Path, limit_s: float) -> dict[str, Any]:
+        seen.append((name, sorted(json.loads(out.read_text())["sections"]) if out.exists() else []))
+        ceilings = {"ceilings": {"flops": 1.0}} if len(seen) > 1 else {}  # the first attempt leaves none
+        return empty | ceilings
+
+    monkeypatch.setattr(check, "run_section", run_section)
+    words = ["--out", str(out), "--device", "cpu", "--only"]
+    assert check.main([*words, "logits", "head"]) == 0
+    assert seen == [("ceilings", []), ("ceilings", []), ("logits", ["ceilings"]), ("head", ["ceilings", "logits"])]
+    seen[:] = [("", [])]
+    assert check.main([*words, "head"]) == 0
+    assert seen[1:] == [("head", ["ceilings", "head", "logits"])], "the ceilings are those of before"
 
 
 def test_the_time_for_all_is_under_eight_minutes() -> None:

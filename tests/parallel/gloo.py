@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from or1_megatron.parallel import device
+from or1_megatron.reward.isolation import die_with_parent
 
 # What has asked for a GPU cannot be forked and use one.
 _CONTEXT: Any = multiprocessing.get_context("spawn" if device.has_cuda() else "forkserver")
@@ -102,6 +103,7 @@ def _stacks(waiting: list[int], processes: list[Any], scratch: Path) -> str:
 
 
 def _rank(pipe: Any, scratch: Path, rank: int, world_size: int, task: bytes, timeout_s: float) -> None:
+    die_with_parent()  # also where that is killed
     os.setsid()  # leads a group of its own: what it starts can be ended with it
     faulthandler.register(signal.SIGUSR1, file=(scratch / f"stack-{rank}").open("w"))
     try:

@@ -37,16 +37,24 @@ def make_config(path: Path, tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, 
     return from_tree([("test", tree)])
 
 
-def make_sequences(vocab: int, *, old: bool = False, seed: int = 0) -> list[Sequence]:
+def make_sequences(vocab: int, *, seed: int = 0) -> list[Sequence]:
     draw = random.Random(seed)
     sequences = []
     for length, prompt in [(9, 4), (31, 20), (17, 1), (6, 5), (40, 11), (23, 22), (12, 3), (9, 2), (9, 5)]:
-        response = length - prompt
-        noise = tuple(draw.uniform(-8, -4) for _ in range(response)) if old else None
         # HF gives the padding token's embedding no gradient from the input side; no real sequence holds it.
         tokens = tuple(draw.choice([t for t in range(vocab) if t != PAD]) for _ in range(length))
-        sequences.append(Sequence(tokens, prompt, draw.choice([-1.3, 0.4, 0.0, 2.0]), noise))
+        sequences.append(Sequence(tokens, prompt, draw.choice([-1.3, 0.4, 0.0, 2.0]), None))
     return sequences
+
+
+def with_log_probs_near(model: torch.nn.Module, sequences: list[Sequence], *kinds: str) -> list[Sequence]:
+    """Each kind of log-probs up to 0.5 from the model's own, so that ratios lie on both sides of the clip."""
+    draw, found = random.Random(3), []
+    for sequence in sequences:
+        with torch.no_grad():
+            own, _ = token_quantities(model, sequence, 0.9)
+        found.append(replace(sequence, **{kind: [x + draw.uniform(-0.5, 0.5) for x in own.tolist()] for kind in kinds}))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +121,7 @@ def compare_a_step(dense: tuple, config: Config, one_step: Callable[..., dict[st
 
 def test_clipped_ratio_equals_dense_reference(models: dict) -> None:
     model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
-    sequences = make_sequences(320, old=True)
+    sequences = with_log_probs_near(model, make_sequences(320), "old_log_probs")
     reference = dense_step(model, sequences, temperature=0.9, **STEP)
     ranks = run_ranks(2, ranks_actor.one_step, make_config(models["llama"], tp=2), sequences)
     assert ranks[0]["loss"] == pytest.approx(reference.loss, rel=1e-4)
@@ -129,12 +137,8 @@ def test_every_term_of_the_loss_equals_the_dense_reference_over_chunks_of_a_few_
     loss: dict[str, Any], models: dict
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(models["llama"], dtype=torch.float32)
-    draw = random.Random(3)
-    sequences = [
-        replace(s, **{name: [draw.uniform(-7, -5) for _ in range(s.num_response_tokens)] for name in kinds})
-        for kinds in [("engine_log_probs", "reference_log_probs") if "kl_coefficient" in loss else ()]
-        for s in make_sequences(320, old=True)
-    ]
+    others = ("engine_log_probs", "reference_log_probs") if "kl_coefficient" in loss else ()
+    sequences = with_log_probs_near(model, make_sequences(320), "old_log_probs", *others)
     num_tokens = sum(s.num_response_tokens for s in sequences)
     reference = dense_step(model, sequences, temperature=0.9, **loss, **STEP)
     config = make_config(models["llama"], tp=2)

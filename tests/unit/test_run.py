@@ -49,8 +49,8 @@ def config(run_dir: Path, **changes: Any) -> Config:
     tree = {
         "model": {"path": "/m"},
         "run_dir": str(run_dir),
-        "steps": 6,
-        "stages": [{"until": 2}, {"until": 4}, {"until": 6}],
+        "steps": 8,
+        "stages": [{"until": 2}, {"until": 6}, {"until": 8}],
         "drop_solved": True,
         "rollout": {"rollout_batch_size": 2, "group_size": 2},
         "loss": {"old_log_probs": "engine"},
@@ -100,21 +100,23 @@ def test_what_was_solved_in_a_stage_is_not_asked_again_even_after_a_resume(tmp_p
     wanted = config(tmp_path / "run")
     folder = RunFolder.create(wanted)
     run, there = make(wanted, folder)
-    order = [prompt.uid for prompt in make(wanted, folder)[0].stream.take(4)]
+    order = [prompt.uid for prompt in make(wanted, folder)[0].stream.take(5)]
     solved = {order[0]}
-    asked = do_steps(run, 1, 2, lambda prompt: 2 if prompt.uid in solved else 1)
-    assert asked == [order[:2], order[2:]]
-    solved.add(run.stream.take(1)[0].uid)  # of the second stage, asked in its first step
-    run.stream.load_state_dict(run._stream_state)
-    asked = do_steps(run, 3, 4, lambda prompt: 2 if prompt.uid in solved else 1)
+
+    def right(prompt: Prompt) -> int:
+        return 2 if prompt.uid in solved else 1
+
+    assert do_steps(run, 1, 2, right) == [order[:2], order[2:4]]
+    solved.add(order[4])  # which the second stage asks first
+    assert do_steps(run, 3, 3, right)[0][0] == order[4]
     assert run.stages.dropped == [order[0]] and there.said[0] == "1 problems solved in the stage before are dropped"
-    assert not {order[0]} & {uid for step in asked for uid in step}
     state = found(run, folder)
     resumed, _ = make(wanted, folder)
     resumed.restore(state)
-    asked = do_steps(resumed, 5, 6, lambda prompt: 1)
-    assert resumed.stages.dropped == sorted(solved), "both stages' solved problems"
-    assert not solved & {uid for step in asked for uid in step}
+    asked = {uid for step in do_steps(resumed, 4, 6, right) for uid in step}  # six of five problems
+    assert asked == set(order[1:]), "the resume is inside the stage"
+    asked = {uid for step in do_steps(resumed, 7, 8, right) for uid in step}
+    assert resumed.stages.dropped == sorted(solved) and asked <= set(order[1:4]), "what both stages solved"
 
 
 @pytest.mark.parametrize(("at_stage", "coefficient"), [("carry", 0.01), ("reset", 0.0)])
