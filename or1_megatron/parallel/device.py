@@ -167,6 +167,8 @@ def init_process_group(init_method: str, rank: int, world_size: int, timeout_s: 
     """Joins the world group: NCCL on CUDA, gloo otherwise. Blocks until all ranks are there."""
     if has_cuda():
         torch.cuda.set_device(rank % torch.cuda.device_count())
+        # It makes a plan for each new length, on the host, and the lengths of packs are new in every step.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     torch.distributed.init_process_group(
         backend="nccl" if has_cuda() else "gloo",
         init_method=init_method,

@@ -13,12 +13,16 @@ from torch.autograd.function import once_differentiable
 from or1_megatron.parallel.compiler import compiled
 
 _ROWS = 2048  # of one product in low precision, added up in float32 while it is in the cache
+_ADDS_IN_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")  # cuBLAS, of low precision, in one call
 
 
 def add_product(target: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """target += a @ b; target may be float32 where a and b are not."""
     if target.dtype == a.dtype:
         target.addmm_(a, b)
+        return
+    if target.is_cuda and _ADDS_IN_FLOAT32:
+        torch.addmm(target, a, b, out_dtype=target.dtype, out=target)  # type: ignore[call-overload]
         return
     for start in range(0, len(target), _ROWS):
         rows = slice(start, start + _ROWS)

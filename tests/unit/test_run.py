@@ -49,8 +49,8 @@ def config(run_dir: Path, **changes: Any) -> Config:
     tree = {
         "model": {"path": "/m"},
         "run_dir": str(run_dir),
-        "steps": 8,
-        "stages": [{"until": 2}, {"until": 6}, {"until": 8}],
+        "steps": 10,
+        "stages": [{"until": 2}, {"until": 8}, {"until": 10}],
         "drop_solved": True,
         "rollout": {"rollout_batch_size": 2, "group_size": 2},
         "loss": {"old_log_probs": "engine"},
@@ -113,9 +113,9 @@ def test_what_was_solved_in_a_stage_is_not_asked_again_even_after_a_resume(tmp_p
     state = found(run, folder)
     resumed, _ = make(wanted, folder)
     resumed.restore(state)
-    asked = {uid for step in do_steps(resumed, 4, 6, right) for uid in step}  # six of five problems
+    asked = {uid for step in do_steps(resumed, 4, 8, right) for uid in step}  # ten, of five problems
     assert asked == set(order[1:]), "the resume is inside the stage"
-    asked = {uid for step in do_steps(resumed, 7, 8, right) for uid in step}
+    asked = {uid for step in do_steps(resumed, 9, 10, right) for uid in step}
     assert resumed.stages.dropped == sorted(solved) and asked <= set(order[1:4]), "what both stages solved"
 
 
