@@ -19,6 +19,7 @@ STAMP := .venv/.installed
 BENCH_STAMP := .venv-bench/.installed
 GPU_STAMP := .venv-gpu/.installed
 GPU_NEEDS := benchmarks/gpu/requirements.txt
+GPU_PEERS := benchmarks/gpu/peers.txt
 export HF_HUB_OFFLINE := 1
 export OMP_WAIT_POLICY := PASSIVE
 
@@ -76,6 +77,8 @@ $(BENCH_STAMP): $(STAMP)
 	@$(BIN)/python benchmarks/peers/install.py
 	@touch $@
 
+GPU_SOURCE := $(if $(OFFLINE),--isolated --no-index --find-links $(WHEELS))
+
 # On one GPU, in at most eight minutes: tests marked gpu, then benchmarks; one table and gpu-check.json.
 gpu-check: $(GPU_STAMP)
 	@.venv-gpu/bin/python -m benchmarks.gpu.check $(GPU_ARGS)
@@ -85,19 +88,21 @@ gpu-check: $(GPU_STAMP)
 ADD_SITES := import sysconfig; print(*{f"import site; site.addsitedir({sysconfig.get_path(p)!r})" for p in ("purelib", "platlib")}, sep="\n")
 
 # On top of the interpreter's own torch, which knows its GPU; what else it has already is taken as it is.
-$(GPU_STAMP): $(GPU_NEEDS)
+$(GPU_STAMP): $(GPU_NEEDS) $(GPU_PEERS)
 	@$(PYTHON) -c 'import torch, triton, transformers' || { \
 	  echo "gpu-check runs on the torch, triton and transformers of $(PYTHON): install them, or name another: make gpu-check PYTHON=..."; exit 2; }
 	@echo "what the interpreter lacks of $(GPU_NEEDS), into .venv-gpu$(if $(OFFLINE), from $(WHEELS))"
 	@$(PYTHON) -m venv --system-site-packages --without-pip .venv-gpu
 	@$(PYTHON) -c '$(ADD_SITES)' > "$$(.venv-gpu/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	@.venv-gpu/bin/python -m pip --disable-pip-version-check install -qq --no-deps -r $(GPU_NEEDS) \
-	  $(if $(OFFLINE),--isolated --no-index --find-links $(WHEELS)) || { \
+	@.venv-gpu/bin/python -m pip --disable-pip-version-check install -qq --no-deps $(GPU_SOURCE) -r $(GPU_NEEDS) || { \
 	  $(if $(OFFLINE),echo "a wheel is missing in $(WHEELS); where there is a network: make gpu-wheels WHEELS=$(WHEELS) PYTHON=python3.NN";) exit 2; }
+	@.venv-gpu/bin/python -m pip --disable-pip-version-check install -qq --no-deps $(GPU_SOURCE) -r $(GPU_PEERS) \
+	  --target .venv-gpu/peers || echo "gpu-check goes without the peers of $(GPU_PEERS)"
 	@touch $@
 
 gpu-wheels:
-	@$(PYTHON) -m pip --disable-pip-version-check download -q --no-deps --only-binary :all: -r $(GPU_NEEDS) -d $(WHEELS)
+	@$(PYTHON) -m pip --disable-pip-version-check download -q --no-deps --only-binary :all: -d $(WHEELS) \
+	  -r $(GPU_NEEDS) -r $(GPU_PEERS)
 	@ls $(WHEELS)
 
 # Leaves .venv and runs/ alone.

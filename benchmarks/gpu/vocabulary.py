@@ -30,11 +30,19 @@ HEAD_EXTRA_BYTES = 200e6
 
 def logits_parts(sizes: Sizes, ceilings: Ceilings, facts: dict[str, Any]) -> list[Part]:
     """One per shape."""
+    _find_peers()
     return [partial(_logits, tokens, columns, ceilings) for tokens, columns in sizes.logits]
 
 
 def head_parts(sizes: Sizes, ceilings: Ceilings, facts: dict[str, Any]) -> list[Part]:
+    _find_peers()
     return [partial(_head, sizes, ceilings)]
+
+
+def _find_peers() -> None:
+    """Where the Makefile puts them; not for whoever only imports this: a `tests` is among them."""
+    if (folder := f"{sys.prefix}/peers") not in sys.path:
+        sys.path.append(folder)
 
 
 def _logits(tokens: int, columns: int, ceilings: Ceilings, bench: Benchmark) -> None:

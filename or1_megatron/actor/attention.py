@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.nn.attention.bias import causal_lower_right
 
@@ -112,11 +113,11 @@ class RMSNorm(torch.nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
-class SwiGLU:
-    """The activation of the MLP, built as a spec's `activation_func`; no module, as it has nothing to save."""
+class SwiGLU(MegatronModule):
+    """The activation of the MLP, built as a spec's `activation_func`; Megatron-Core 0.19 asks for a module."""
 
     def __init__(self, config: TransformerConfig):
-        pass
+        super().__init__(config)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return swiglu(x)

@@ -130,7 +130,8 @@ def test_without_a_gpu_nothing_is_written(tmp_path: Path) -> None:
 def test_pins_are_those_of_the_package() -> None:
     """What gpu-check installs is what the package names, word for word where both name it."""
     said = (ROOT / "setup.py").read_text().replace("'", '"')
-    needs = (ROOT / "benchmarks/gpu/requirements.txt").read_text().splitlines()
+    folder = ROOT / "benchmarks" / "gpu"
+    needs = [line for name in ("requirements", "peers") for line in (folder / f"{name}.txt").read_text().splitlines()]
     pinned = [line.replace('"', "'") for line in needs if line[:1] not in ("", "#") and any(c in line for c in "=<>")]
     assert len(pinned) == 5
     for line in pinned:
@@ -141,7 +142,7 @@ def test_nothing_on_the_way_needs_vllm_or_ray() -> None:
     """Machines with a GPU and without a network have neither."""
     program = """
 import sys
-for name in ("ray", "vllm", "math_verify", "datasketch", "httpx", "rich"):
+for name in ("ray", "vllm", "math_verify", "datasketch", "rich"):
     sys.modules[name] = None
 from or1_megatron.parallel import device
 device.install()
