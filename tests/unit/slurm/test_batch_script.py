@@ -102,3 +102,16 @@ def test_saves_of_the_same_step_are_given_up(job: BatchJob) -> None:
     assert [job.attempt(code=130, saves=0) for _ in range(2)] == ["requeued saved step 000000"] * 2
     end = job.attempt(code=130, saves=0)
     assert end == "1 saved step 000000; not requeued: 3 attempts in turn brought no checkpoint"
+
+
+def test_a_preflight_that_starts_nowhere_is_tried_again(job: BatchJob) -> None:
+    """As when Slurm's controller is busy: no node is to blame."""
+    assert job.attempt(STUB_FIT="", STUB_PREFLIGHT="1") == "requeued the pre-flight's srun ended with 1"
+    assert not job.calls("scontrol-update") and not (job.run / "slurm" / "job-71" / "bad-nodes").exists()
+    assert job.attempt(STUB_FIT="node1").startswith("requeued pre-flight: node2: no answer")
+    assert job.calls("scontrol-update")[-1].endswith("ExcNodeList=node2")
+
+
+def test_a_single_node_that_is_silent_is_left_out(job: BatchJob) -> None:
+    job.attempt(nodes="node1", STUB_FIT="", STUB_PREFLIGHT="124")
+    assert job.calls("scontrol-update")[-1].endswith("ExcNodeList=node1")
