@@ -115,3 +115,22 @@ def test_a_preflight_that_starts_nowhere_is_tried_again(job: BatchJob) -> None:
 def test_a_single_node_that_is_silent_is_left_out(job: BatchJob) -> None:
     job.attempt(nodes="node1", STUB_FIT="", STUB_PREFLIGHT="124")
     assert job.calls("scontrol-update")[-1].endswith("ExcNodeList=node1")
+
+
+def test_slurm_may_be_away_for_a_moment(job: BatchJob) -> None:
+    for name in ("squeue", "scontrol-requeue", "scontrol-update"):
+        job.fail(name, 3)
+    assert job.attempt(STUB_FIT="node1", STUB_EXCLUDED="node8").startswith("requeued pre-flight")
+    assert len(job.calls("scontrol-requeue")) == 4
+    assert job.calls("scontrol-update")[-1].endswith("ExcNodeList=node8,node2"), "the user's own stays"
+
+
+def test_without_an_answer_the_users_nodes_stay_excluded(job: BatchJob) -> None:
+    job.fail("squeue", 10**6)
+    job.attempt(STUB_FIT="node1", STUB_EXCLUDED="node8")
+    assert job.calls("scontrol-requeue") and not job.calls("scontrol-update")
+
+
+def test_the_end_is_known_whatever_format_the_user_likes(job: BatchJob) -> None:
+    job.attempt(SLURM_TIME_FORMAT="relative", TZ="UTC")
+    assert "OR1_END=1893456000" in (job.stubs / "environment").read_text().split()
