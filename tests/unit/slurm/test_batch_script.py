@@ -134,3 +134,11 @@ def test_without_an_answer_the_users_nodes_stay_excluded(job: BatchJob) -> None:
 def test_the_end_is_known_whatever_format_the_user_likes(job: BatchJob) -> None:
     job.attempt(SLURM_TIME_FORMAT="relative", TZ="UTC")
     assert "OR1_END=1893456000" in (job.stubs / "environment").read_text().split()
+
+
+def test_what_srun_is_told(job: BatchJob) -> None:
+    """The environment goes along where the site's default is NONE, and the CPUs are there on every node."""
+    job.attempt(SLURM_JOB_CPUS_PER_NODE="128(x2),96,112(x3)", SLURM_CPUS_ON_NODE="128", SLURM_EXPORT_ENV="NONE")
+    assert len(job.calls("srun")) == 2
+    for call in job.calls("srun"):
+        assert "--export=ALL" in call and "--cpus-per-task=96" in call
