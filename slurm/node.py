@@ -60,7 +60,8 @@ class Supervisor:
         """Runs until the attempt is over; raises Ended."""
         os.chdir(self.job["workdir"])
         _raise_open_files()
-        self.address, interface = ports.own_address(self._peer(), self.job["interface"])
+        alone = self.num_nodes == 1
+        self.address, interface = ports.own_address(self._peer(), self.job["interface"], alone=alone)
         self._environment(interface)
         if self.index == 0:
             self._start_head()

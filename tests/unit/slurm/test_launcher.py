@@ -46,6 +46,14 @@ def test_the_batch_script_means_the_same_ports() -> None:
     assert int(said.stdout) == ports.of_job(98765)["gcs"]
 
 
+def test_a_node_that_is_alone_may_have_a_loopback_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its full name stands beside 127.0.1.1 in /etc/hosts; a node that others have to reach may not."""
+    monkeypatch.setattr(ports.socket, "gethostname", lambda: "node1.cluster.example")
+    assert ports.own_address("127.0.1.1", alone=True) == ("127.0.0.1", "lo")
+    with pytest.raises(ValueError, match="which others cannot reach"):
+        ports.own_address("127.0.1.1")
+
+
 def test_a_task_of_an_array_acts_on_itself() -> None:
     """Its last task has the array's own id, by which Slurm would requeue all of them."""
     text = (FOLDER / "train.sbatch").read_text()
