@@ -170,7 +170,8 @@ class Supervisor:
             stop = self.attempt / "stop"
             if not stop.exists() and watch.time_is_short():
                 write(stop, "time is short: what is left is one step, a save and a minute\n")
-            if stop.exists() and not self.stopping:
+            hears = self.job["program"] or progress.hears(self.run, driver.pid)
+            if stop.exists() and not self.stopping and hears:
                 self.stopping = True
                 print(f"asking the driver to save and end: {stop.read_text().strip()}", flush=True)
                 driver.send_signal(signal.SIGUSR1)

@@ -31,6 +31,14 @@ def driven(run: Path) -> bool:
     return False
 
 
+def hears(run: Path, driver: int) -> bool:
+    """Whether this process, a driver, has the run in hand: until then it may be importing, and USR1 would end it."""
+    try:
+        return json.loads((run / "driver.lock").read_text())[1] == driver
+    except (OSError, ValueError):
+        return False
+
+
 def metrics(run: Path) -> list[dict]:
     """Rows of completed steps, a torn last line left out."""
     path = run / "metrics.jsonl"

@@ -189,6 +189,43 @@ def test_only_what_carries_the_mark_is_ended(tmp_path: Path, monkeypatch: pytest
         others.wait()
 
 
+DRIVER = """#!/bin/bash
+[[ $* != *or1_megatron.cluster* ]] || exit 0
+sleep 1
+trap 'exit 130' USR1
+echo "[\\"node1\\", $$, \\"71\\"]" >"$OR1_RUN/driver.lock"
+for _ in {1..100}; do sleep 0.1; done
+"""
+
+
+def test_a_driver_is_asked_to_save_when_it_can_hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while it imports, when USR1 would end it; and the lock of an attempt before is not its own."""
+    monkeypatch.syspath_prepend(FOLDER)
+    node = load("node")
+    monkeypatch.setattr(node, "POLL_S", 0.05)
+    attempt = tmp_path / "slurm" / "job-71" / "attempt-0"
+    (attempt / "failed").mkdir(parents=True)
+    (attempt / "head.json").write_text('{"address": ""}')
+    attempt.with_name("current").write_text("attempt-0")
+    (tmp_path / "driver.lock").write_text('["node1", 1, "71"]')
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000001" / "driver.json").touch()
+    python = tmp_path / "slurm" / "python"
+    python.write_text(DRIVER)
+    python.chmod(0o755)
+    job = {**JOB, "python": str(python), "start_deadline_s": 9, "stall_s": 0}
+    (tmp_path / "slurm" / "job.json").write_text(json.dumps(job))
+    settings = {"SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "71", "OR1_RUN": str(tmp_path)}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RAY_ADDRESS", "OR1_RAY_NODES", "OR1_RAY_GPUS", "OR1_RAY_DEADLINE_S"):
+        monkeypatch.setenv(name, "")
+    (attempt / "stop").write_text("the time limit is near\n")
+    with pytest.raises(node.Ended) as ended:
+        node.Supervisor(tmp_path, attempt)._lead()
+    assert ended.value.code == 130, ended.value
+
+
 def test_a_chain_that_is_refused_half_way_leaves_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(FOLDER)
     submit, said = load("submit"), []
