@@ -22,6 +22,7 @@ REFUSED = {
     "time below the lead": (["--nodes=3", "--time=8"], "less than twice --lead"),
     "node that is not there": (["--nodes=3", "--exclude=node77"], "sbatch: "),
     "chain of one stage": (["--nodes=3", "--chain=stages"], "two stages"),
+    "chain of an array": (["--nodes=3", "--chain=stages", "--array"], "exclude each other"),
 }
 
 

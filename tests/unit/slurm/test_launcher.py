@@ -6,10 +6,12 @@ import ast
 import fcntl
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -83,6 +85,28 @@ def test_times_of_slurm(text: str, minutes: float | None) -> None:
     assert site_limits.minutes(text) == minutes
     with pytest.raises(site_limits.Refused, match="is no time"):
         site_limits.minutes("1h")
+
+
+@pytest.mark.parametrize(
+    ("partition", "nodes", "said"),
+    [
+        ("h800,h100", 4, ""),
+        ("h100,h800", 4, ""),
+        ("", 4, ""),
+        ("h100,h200", 2, "--partition h200 is none of this cluster's: cpu, h100, h800"),
+        ("h800,h100", 5, "--nodes 5: partition h800 has 4 nodes with 8 GPUs"),
+        ("h100,cpu", 2, "--time 13:00:00 is above the limit of partition h100, 12:00:00"),
+    ],
+)
+def test_one_of_several_partitions_has_to_do(
+    monkeypatch: pytest.MonkeyPatch, partition: str, nodes: int, said: str
+) -> None:
+    sinfo = "h800*|4|1-00:00:00|gpu:8|up\nh100|2|12:00:00|gpu:h100:8|up\ncpu|9|infinite|(null)|up\n"
+    monkeypatch.setattr(site_limits.shutil, "which", lambda name: name)
+    monkeypatch.setattr(site_limits, "ask", lambda *words: sinfo)
+    time_limit = "13:00:00" if "--time" in said else "10:00:00"
+    with pytest.raises(site_limits.Refused, match=re.escape(said)) if said else nullcontext():
+        site_limits.check(partition, time_limit, nodes, 8, "", "")
 
 
 def test_gpus_of_a_node() -> None:
