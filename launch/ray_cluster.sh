@@ -3,7 +3,8 @@
 #   launch/ray_cluster.sh start HOST...     the first is the head, and where training is then started
 #   launch/ray_cluster.sh stop HOST...
 # Every host has this checkout and its Python under the same path (PYTHON, default .venv/bin/python). Settings: GPUS a
-# host (default: what nvidia-smi counts there), PORT (default 6379), OBJECT_STORE_GB (8), DEADLINE_S (300), SSH (ssh).
+# host (default: what nvidia-smi counts there), PORT (default 6379; the head takes the next one too), OBJECT_STORE_GB (8),
+# DEADLINE_S (300), SSH (ssh).
 # The hosts share a file system for run folder, model and problems. At its end `start` prints the command to train with.
 set -eEuo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -50,7 +51,7 @@ mkdir -m 700 "$state" || { echo "a Ray was started here and not stopped: ray_clu
 peer=$(getent ahostsv4 "$peer" | cut -d" " -f1 | head -1)
 own=$(ip -4 -o route get "${head:-$peer}" 2>/dev/null | sed -n "s/.* src \([0-9.]*\).*/\1/p")
 [ -n "$own" ] || { echo "no route to ${head:-$peer}" >&2; exit 1; }
-if [ -n "$head" ]; then join=--address=$head:$port; else join="--head --port=$port --include-dashboard=false"; fi
+if [ -n "$head" ]; then join=--address=$head:$port; else join="--head --port=$port --ray-client-server-port=$((port + 1)) --include-dashboard=false"; fi
 interface=$(ip -4 -o addr show | awk -v own="$own" "{ split(\$4, part, \"/\"); if (part[1] == own) print \$2 }" | head -1)
 printf %s "$token" >"$state/token"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token RAY_USAGE_STATS_ENABLED=0 OMP_WAIT_POLICY=PASSIVE

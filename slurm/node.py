@@ -126,9 +126,8 @@ class Supervisor:
     def _start_head(self) -> None:
         """Ray's head, and the others' leave to join when its health check passes."""
         head = f"{self.address}:{self.ports['gcs']}"
-        self._start_ray(
-            "--head", f"--port={self.ports['gcs']}", "--include-dashboard=false", f"--temp-dir={self.local}"
-        )
+        own = [f"--port={self.ports['gcs']}", f"--ray-client-server-port={self.ports['ray-client-server']}"]
+        self._start_ray("--head", *own, "--include-dashboard=false", f"--temp-dir={self.local}")
         check = [self.job["python"], "-m", "ray.scripts.scripts", "health-check", f"--address={head}"]
         deadline = time.monotonic() + self.job["start_deadline_s"]
         while subprocess.run(check, check=False, capture_output=True).returncode:

@@ -21,7 +21,7 @@ _SIOCGIFADDR = 0x8915
 def of_job(job_id: int) -> dict[str, int]:
     """Name -> port; workers have the range from "first worker" to "last worker"."""
     base = FIRST + job_id % NUM_BLOCKS * BLOCK
-    fixed = ("gcs", "meeting", *OF_A_NODE)
+    fixed = ("gcs", "meeting", *OF_A_NODE, "ray-client-server")
     return {
         **{name: base + offset for offset, name in enumerate(fixed)},
         "first worker": base + len(fixed),

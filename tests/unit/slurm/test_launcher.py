@@ -43,9 +43,12 @@ def test_ports_of_neighbouring_jobs_never_meet() -> None:
 
 
 def test_the_batch_script_means_the_same_ports() -> None:
-    (line,) = [line for line in (FOLDER / "train.sbatch").read_text().splitlines() if line.startswith("BASE=")]
-    said = subprocess.run(["bash", "-c", f"SLURM_JOB_ID=98765\n{line}\necho $BASE"], capture_output=True, check=True)
-    assert int(said.stdout) == ports.of_job(98765)["gcs"]
+    text = (FOLDER / "train.sbatch").read_text()
+    lines = [line for line in text.splitlines() if line.startswith(("BASE=", "OR1_PORTS="))]
+    script = "\n".join(["SLURM_JOB_ID=98765", *lines, "echo $OR1_PORTS"])
+    said = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    fixed = {name: port for name, port in ports.of_job(98765).items() if "worker" not in name}
+    assert [int(port) for port in said.stdout.split()] == list(fixed.values()) and "ray-client-server" in fixed
 
 
 def test_a_node_that_is_alone_may_have_a_loopback_address(monkeypatch: pytest.MonkeyPatch) -> None:
