@@ -160,7 +160,7 @@ class Supervisor:
         if self.children.pop("joining").returncode:
             raise Ended(1, f"Ray is not whole: {tail(self.attempt / f'joining-{self.name}.log')}")
         print(tail(self.attempt / f"joining-{self.name}.log"), flush=True)
-        self.job["steps"] = os.environ.get("OR1_STEPS", "")
+        self.job["steps"] = os.environ.get("OR1_STEPS") or self.job["steps"]  # of a chain: its stage's, or the last
         watch = progress.Watch(self.run, self.job["stall_s"], float(os.environ.get("OR1_END", "inf")))
         self._start("driver", progress.command(self.run, self.attempt, self.job))
         driver = self.children["driver"]

@@ -197,7 +197,7 @@ def write_run(run: Path, recipe: str, overrides: list[str], facts: dict[str, Any
         name, left = copy_recipe(Path(recipe), folder), overrides
     job = {
         "name": facts["name"], "recipe": name, "overrides": left, "workdir": str(Path.cwd()),
-        "python": job_python(options),
+        "python": job_python(options), "steps": str(facts["stages"][-1]) if options.chain else "",
         "program": str(Path(options.program).absolute()) if options.program else "", "interface": options.interface,
         "object_store_gb": options.object_store_gb, "start_deadline_s": options.start_minutes * 60,
         "stall_s": options.stall_minutes * 60, "time": options.time, "nodes": options.nodes, "plan": facts["plan"],

@@ -218,6 +218,7 @@ def test_only_what_carries_the_mark_is_ended(tmp_path: Path, monkeypatch: pytest
 
 DRIVER = """#!/bin/bash
 [[ $* != *or1_megatron.cluster* ]] || exit 0
+echo "$*" >"$OR1_RUN/words"
 sleep 1
 trap 'exit 130' USR1
 echo "[\\"node1\\", $$, \\"71\\"]" >"$OR1_RUN/driver.lock"
@@ -240,17 +241,18 @@ def test_a_driver_is_asked_to_save_when_it_can_hear(tmp_path: Path, monkeypatch:
     python = tmp_path / "slurm" / "python"
     python.write_text(DRIVER)
     python.chmod(0o755)
-    job = {**JOB, "python": str(python), "start_deadline_s": 9, "stall_s": 0}
+    job = {**JOB, "python": str(python), "steps": "740", "start_deadline_s": 9, "stall_s": 0}
     (tmp_path / "slurm" / "job.json").write_text(json.dumps(job))
     settings = {"SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "71", "OR1_RUN": str(tmp_path)}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
-    for name in ("RAY_ADDRESS", "OR1_RAY_NODES", "OR1_RAY_GPUS", "OR1_RAY_DEADLINE_S"):
+    for name in ("RAY_ADDRESS", "OR1_RAY_NODES", "OR1_RAY_GPUS", "OR1_RAY_DEADLINE_S", "OR1_STEPS"):
         monkeypatch.setenv(name, "")
     (attempt / "stop").write_text("the time limit is near\n")
     with pytest.raises(node.Ended) as ended:
         node.Supervisor(tmp_path, attempt)._lead()
     assert ended.value.code == 130, ended.value
+    assert (tmp_path / "words").read_text().split()[-1] == "steps=740", "a chain's last, where no stage is said"
 
 
 def test_a_chain_that_is_refused_half_way_leaves_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
