@@ -6,7 +6,7 @@
 # host (default: what nvidia-smi counts there), PORT (default 6379; the head takes the next one too), OBJECT_STORE_GB (8),
 # DEADLINE_S (300), SSH (ssh).
 # The hosts share a file system for run folder, model and problems. At its end `start` prints the command to train with.
-set -eEuo pipefail
+set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python} PORT=${PORT:-6379} SSH=${SSH:-ssh}
 OBJECT_STORE_GB=${OBJECT_STORE_GB:-8} DEADLINE_S=${DEADLINE_S:-300}
@@ -16,7 +16,7 @@ fail() { echo "ray_cluster: error: $*" >&2; exit 2; }
 [ $# -ge 2 ] || { sed -n '2,4s/^# //p' "$0" >&2; exit 2; }
 ACTION=$1
 shift
-HOSTS=("$@")
+HOSTS=("$@") STARTED=()
 case $ACTION in start | stop) ;; *) fail "$ACTION: use start or stop" ;; esac
 [ "$(printf '%s\n' "${HOSTS[@]}" | sort -u | wc -l)" = $# ] || fail "a host is named twice"
 
@@ -44,8 +44,9 @@ stop() { # HOST...
 }
 
 # shellcheck disable=SC2016
-START='state=$1 root=$2 python=$3 port=$4 head=$5 gpus=$6 store=$7 token=$8 peer=$9
+START='state=$1 root=$2 python=$3 port=$4 head=$5 gpus=$6 store=$7 peer=$8
 mkdir -m 700 "$state" || { echo "a Ray was started here and not stopped: ray_cluster.sh stop" >&2; exit 1; }
+trap "rm -rf \"\$state\"" EXIT
 [ -x "$python" ] || { echo "no Python at $python" >&2; exit 1; }
 [ -n "$gpus" ] || gpus=$(nvidia-smi -L 2>/dev/null | grep -c "^GPU ")
 peer=$(getent ahostsv4 "$peer" | cut -d" " -f1 | head -1)
@@ -63,6 +64,7 @@ setsid nohup "$python" -m ray.scripts.scripts start --block $join --node-ip-addr
   --num-gpus="$gpus" --object-store-memory=$((store * 1073741824)) --temp-dir="$state/ray" \
   --include-log-monitor=false </dev/null >"$state/log" 2>&1 &
 echo $! >"$state/pid"
+trap - EXIT
 echo "$own $gpus"'
 
 await_head() {
@@ -74,13 +76,21 @@ until "$2" -m ray.scripts.scripts health-check --address="$3" >/dev/null 2>&1; d
 done' "$STATE" "$PYTHON" "$address:$PORT" "$DEADLINE_S"
 }
 
+stop_started() {
+  [ "${#STARTED[@]}" -gt 0 ] || return 0
+  echo "ray_cluster: stopping what was started" >&2
+  stop "${STARTED[@]}" || true
+}
+
 start() {
-  local host answer address="" total=0 token started=()
+  local host answer address="" total=0 token
   token=$(od -An -tx1 -N32 /dev/urandom | tr -d ' \n')
-  trap 'echo "ray_cluster: stopping what was started" >&2; stop "${started[@]}" || true' ERR
+  trap stop_started EXIT
   for host in "${HOSTS[@]}"; do
-    answer=$(on "$host" "$START" "$STATE" "$ROOT" "$PYTHON" "$PORT" "$address" "${GPUS:-}" "$OBJECT_STORE_GB" "$token" "${HOSTS[1]:-$host}")
-    started+=("$host")
+    # The token goes with the script, by stdin: everybody on a host sees the words of a command.
+    answer=$(on "$host" "token=$token"$'\n'"$START" \
+      "$STATE" "$ROOT" "$PYTHON" "$PORT" "$address" "${GPUS:-}" "$OBJECT_STORE_GB" "${HOSTS[1]:-$host}")
+    STARTED+=("$host")
     if [ -z "$address" ]; then
       address=${answer% *}
       await_head
@@ -94,7 +104,7 @@ start() {
 export RAY_ADDRESS=$4 OR1_RAY_NODES=$5 OR1_RAY_GPUS=$6 OR1_RAY_DEADLINE_S=$7
 exec "$3" -m or1_megatron.cluster' \
     "$STATE" "$ROOT" "$PYTHON" "$address:$PORT" "${#HOSTS[@]}" "$total" "$DEADLINE_S"
-  trap - ERR
+  trap - EXIT
   cat <<TRAIN
 on ${HOSTS[0]}, in $ROOT:
   RAY_ADDRESS=$address:$PORT OR1_RAY_NODES=${#HOSTS[@]} OR1_RAY_GPUS=$total RAY_AUTH_MODE=token \\
