@@ -267,8 +267,7 @@ class Stop:
         self.requested = True
 
     @contextmanager
-    def installed(self) -> Iterator[None]:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    def installed(self, *numbers: signal.Signals) -> Iterator[None]:
         previous = {number: signal.signal(number, self._handle) for number in numbers}
         try:
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -28,18 +29,25 @@ def train(config: Config, resume: Path | None = None) -> int:
 
     A dead rank or engine is survived while restarts are left: all processes start anew from the newest checkpoint.
     """
-    inputs = check_inputs(config)
-    isolation = check_rewards(config.reward, [*chain(*inputs.sources), *inputs.held_out])
-    folder = RunFolder.open(resume) if resume else RunFolder.create(config)
-    with folder.driven():
-        found = newest(folder.checkpoints, inputs.architecture, group_sizes(config)) if resume else None
-        _attempts(config, inputs, folder, found, isolation)
+    stop = Stop()
+    with stop.installed(signal.SIGUSR1):  # may come at any time; before there are ranks the others end at once
+        inputs = check_inputs(config)
+        isolation = check_rewards(config.reward, [*chain(*inputs.sources), *inputs.held_out])
+        folder = RunFolder.open(resume) if resume else RunFolder.create(config)
+        with folder.driven():
+            found = newest(folder.checkpoints, inputs.architecture, group_sizes(config)) if resume else None
+            _attempts(config, inputs, folder, found, isolation, stop)
     return 0
 
 
-def _attempts(config: Config, inputs: Inputs, folder: RunFolder, found: Found | None, isolation: str) -> None:
-    restarts, stop = 0, Stop()
+def _attempts(
+    config: Config, inputs: Inputs, folder: RunFolder, found: Found | None, isolation: str, stop: Stop
+) -> None:
+    restarts = 0
     while True:
+        if stop.requested:
+            again = f"; continue with: or1 train --resume {folder.path}" if found else ""
+            raise StopRequested(f"stopped before the next step{again}")
         try:
             return _attempt(config, inputs, folder, found, isolation, stop)
         except WorkerDied as died:
@@ -60,7 +68,7 @@ def _attempt(
 ) -> None:
     """From `found`, or the beginning, to the last step."""
     with (
-        stop.installed(),
+        stop.installed(signal.SIGINT, signal.SIGTERM),
         Display(config.steps, config.name) as display,
         RewardService(config.reward, folder.logs) as rewards,
         _starting(display, config.widest(), folder) as cluster,

@@ -60,7 +60,8 @@ class Supervisor:
         """Runs until the attempt is over; raises Ended."""
         os.chdir(self.job["workdir"])
         _raise_open_files()
-        self.address, interface = ports.own_address(self._peer(), self.job["interface"])
+        alone = self.num_nodes == 1
+        self.address, interface = ports.own_address(self._peer(), self.job["interface"], alone=alone)
         self._environment(interface)
         if self.index == 0:
             self._start_head()
@@ -125,9 +126,8 @@ class Supervisor:
     def _start_head(self) -> None:
         """Ray's head, and the others' leave to join when its health check passes."""
         head = f"{self.address}:{self.ports['gcs']}"
-        self._start_ray(
-            "--head", f"--port={self.ports['gcs']}", "--include-dashboard=false", f"--temp-dir={self.local}"
-        )
+        own = [f"--port={self.ports['gcs']}", f"--ray-client-server-port={self.ports['ray-client-server']}"]
+        self._start_ray("--head", *own, "--include-dashboard=false", f"--temp-dir={self.local}")
         check = [self.job["python"], "-m", "ray.scripts.scripts", "health-check", f"--address={head}"]
         deadline = time.monotonic() + self.job["start_deadline_s"]
         while subprocess.run(check, check=False, capture_output=True).returncode:
@@ -160,7 +160,7 @@ class Supervisor:
         if self.children.pop("joining").returncode:
             raise Ended(1, f"Ray is not whole: {tail(self.attempt / f'joining-{self.name}.log')}")
         print(tail(self.attempt / f"joining-{self.name}.log"), flush=True)
-        self.job["steps"] = os.environ.get("OR1_STEPS", "")
+        self.job["steps"] = os.environ.get("OR1_STEPS") or self.job["steps"]  # of a chain: its stage's, or the last
         watch = progress.Watch(self.run, self.job["stall_s"], float(os.environ.get("OR1_END", "inf")))
         self._start("driver", progress.command(self.run, self.attempt, self.job))
         driver = self.children["driver"]
@@ -169,7 +169,8 @@ class Supervisor:
             stop = self.attempt / "stop"
             if not stop.exists() and watch.time_is_short():
                 write(stop, "time is short: what is left is one step, a save and a minute\n")
-            if stop.exists() and not self.stopping:
+            hears = self.job["program"] or progress.hears(self.run, driver.pid)
+            if stop.exists() and not self.stopping and hears:
                 self.stopping = True
                 print(f"asking the driver to save and end: {stop.read_text().strip()}", flush=True)
                 driver.send_signal(signal.SIGUSR1)

@@ -21,7 +21,7 @@ _SIOCGIFADDR = 0x8915
 def of_job(job_id: int) -> dict[str, int]:
     """Name -> port; workers have the range from "first worker" to "last worker"."""
     base = FIRST + job_id % NUM_BLOCKS * BLOCK
-    fixed = ("gcs", "meeting", *OF_A_NODE)
+    fixed = ("gcs", "meeting", *OF_A_NODE, "ray-client-server")
     return {
         **{name: base + offset for offset, name in enumerate(fixed)},
         "first worker": base + len(fixed),
@@ -29,18 +29,18 @@ def of_job(job_id: int) -> dict[str, int]:
     }
 
 
-def own_address(peer: str, interface: str = "") -> tuple[str, str]:
+def own_address(peer: str, interface: str = "", *, alone: bool = False) -> tuple[str, str]:
     """This node's IPv4 address and interface: of `interface`, or of the route to `peer`.
 
-    Raises OSError for an unknown interface or peer; ValueError when the address is a loopback one though the peer is
-    another node.
+    Raises OSError for an unknown interface or peer; ValueError when the address is a loopback one and this node is
+    not alone.
     """
     if interface:
         return _interface_address(interface), interface
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((peer, 9))
         address = probe.getsockname()[0]
-    if peer != socket.gethostname() and address.startswith("127."):
+    if not alone and address.startswith("127."):
         raise ValueError(f"the route to {peer} begins at {address}, which others cannot reach; submit with --interface")
     for _, name in socket.if_nameindex():
         try:

@@ -31,6 +31,14 @@ def driven(run: Path) -> bool:
     return False
 
 
+def hears(run: Path, driver: int) -> bool:
+    """Whether this process, a driver, has the run in hand: until then it may be importing, and USR1 would end it."""
+    try:
+        return json.loads((run / "driver.lock").read_text())[1] == driver
+    except (OSError, ValueError):
+        return False
+
+
 def metrics(run: Path) -> list[dict]:
     """Rows of completed steps, a torn last line left out."""
     path = run / "metrics.jsonl"
@@ -72,11 +80,14 @@ class Watch:
         return self._wanted_s or max(FLOOR_STALL_S, 5 * self._step_s)
 
     def time_is_short(self) -> bool:
-        """Whether another step, a save and a minute no longer fit before the end; by the longest of 20 steps."""
+        """Whether another step, a save and a minute no longer fit before the end.
+
+        By the longest of the last 20 steps and the longest of all saves, of which there may be few.
+        """
         if time.time() - self._asked > 5:
             self._asked = time.time()
-            rows = metrics(self.run)[-20:]
-            self._step_s = max((row["seconds/step"] for row in rows), default=0.0)
+            rows = metrics(self.run)
+            self._step_s = max((row["seconds/step"] for row in rows[-20:]), default=0.0)
             self._save_s = max((row.get("seconds/save", 0.0) for row in rows), default=0.0)
         return bool(self._step_s) and time.time() > self._end - self._step_s - self._save_s - SPARE_S
 

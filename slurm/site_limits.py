@@ -47,20 +47,29 @@ def check(partition: str, time: str, nodes: int, gpus: int, account: str, qos: s
     if not rows:
         raise Refused("sinfo shows no partition: is Slurm's controller up?")
     names = sorted({row[0].rstrip("*") for row in rows})
-    wanted = [row for row in rows if (row[0].rstrip("*") == partition if partition else row[0].endswith("*"))]
-    if not wanted:
-        raise Refused(f"--partition {partition or '(none)'} is none of this cluster's: {', '.join(names)}")
-    name = wanted[0][0].rstrip("*")
-    if all(row[4] != "up" for row in wanted):
-        raise Refused(f"partition {name} is down")
-    there = sum(int(row[1]) for row in wanted if _gpus(row[3]) >= gpus)
+    refusals = []
+    for name in partition.split(","):  # Slurm takes the first that can run the job
+        wanted = [row for row in rows if (row[0].rstrip("*") == name if name else row[0].endswith("*"))]
+        if not wanted:
+            raise Refused(f"--partition {name or '(none)'} is none of this cluster's: {', '.join(names)}")
+        refusals.append(_refusal(wanted, time, nodes, gpus))
+    if all(refusals):
+        raise Refused(refusals[0])
+    _check_account(account, qos)
+
+
+def _refusal(partition: list[list[str]], time: str, nodes: int, gpus: int) -> str:
+    """Why this partition, sinfo's rows of it, would not run the job; empty when it would."""
+    name, limit = partition[0][0].rstrip("*"), minutes(partition[0][2])
+    if all(row[4] != "up" for row in partition):
+        return f"partition {name} is down"
+    there = sum(int(row[1]) for row in partition if _gpus(row[3]) >= gpus)
     if there < nodes:
-        raise Refused(f"--nodes {nodes}: partition {name} has {there} nodes with {gpus} GPUs")
-    limit = minutes(wanted[0][2])
+        return f"--nodes {nodes}: partition {name} has {there} nodes with {gpus} GPUs"
     asked = minutes(time)
     if limit is not None and (asked is None or asked > limit):
-        raise Refused(f"--time {time} is above the limit of partition {name}, {wanted[0][2]}")
-    _check_account(account, qos)
+        return f"--time {time} is above the limit of partition {name}, {partition[0][2]}"
+    return ""
 
 
 def _gpus(gres: str) -> int:

@@ -38,7 +38,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--nodes", type=int, required=True, help="nodes of each run")
     add("--gpus-per-node", type=int, default=8, help="default 8")
     add("--time", default="1-00:00:00", help="limit of one attempt; default 1-00:00:00")
-    add("--partition", default="", help="default: the cluster's")
+    add("--partition", default="", help="one, or several with commas between them; default: the cluster's")
     add("--account", default="", help="whom the job is charged to; default: your own")
     add("--qos", default="", help="quality of service; default: the account's")
     add("--exclude", default="", help="nodes not to use, as Slurm writes them")
@@ -83,6 +83,8 @@ def recipes_and_overrides(options: argparse.Namespace) -> tuple:
     overrides = [word for word in options.words if "=" in word]
     if not recipes or (len(recipes) > 1 and not options.array):
         raise Refused(f"give one recipe (or several with --array); there are {len(recipes)}: {recipes}")
+    if options.chain and options.array:
+        raise Refused("--array and --chain exclude each other: the recipes' stages end at steps of their own")
     for recipe in recipes:
         if not Path(recipe).is_file():
             raise Refused(f"recipe {recipe} does not exist; recipes are YAML files, see launch/recipes/")
@@ -195,7 +197,7 @@ def write_run(run: Path, recipe: str, overrides: list[str], facts: dict[str, Any
         name, left = copy_recipe(Path(recipe), folder), overrides
     job = {
         "name": facts["name"], "recipe": name, "overrides": left, "workdir": str(Path.cwd()),
-        "python": job_python(options),
+        "python": job_python(options), "steps": str(facts["stages"][-1]) if options.chain else "",
         "program": str(Path(options.program).absolute()) if options.program else "", "interface": options.interface,
         "object_store_gb": options.object_store_gb, "start_deadline_s": options.start_minutes * 60,
         "stall_s": options.stall_minutes * 60, "time": options.time, "nodes": options.nodes, "plan": facts["plan"],

@@ -33,7 +33,7 @@ def test_start_waits_for_every_gpu_and_stop_leaves_nothing(slurm: SlurmCluster, 
     # A Ray that ended long ago, whose pid is another process now, the first of its group.
     state = f"/tmp/or1-ray-{getpass.getuser()}-7379"
     there = [*slurm.inside("node1"), "bash", "-c"]
-    stranger = f"setsid sleep 300 >/dev/null 2>&1 & echo $! | tee {state}/pid"
+    stranger = f"mkdir {state}; setsid sleep 300 >/dev/null 2>&1 & echo $! | tee {state}/pid"
     pid = subprocess.run([*there, stranger], check=True, capture_output=True, text=True).stdout.strip()
     assert script("stop", "node1", "node2").returncode == 0
     subprocess.run([*there, f"test ! -e {state} && kill -KILL {pid}"], check=True)

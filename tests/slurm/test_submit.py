@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ REFUSED = {
     "time below the lead": (["--nodes=3", "--time=8"], "less than twice --lead"),
     "node that is not there": (["--nodes=3", "--exclude=node77"], "sbatch: "),
     "chain of one stage": (["--nodes=3", "--chain=stages"], "two stages"),
+    "chain of an array": (["--nodes=3", "--chain=stages", "--array"], "exclude each other"),
 }
 
 
@@ -47,6 +49,7 @@ def test_a_chain_waits_for_each_stage(slurm: SlurmCluster, recipe: Path) -> None
     first, second = (job.run / "slurm" / "jobs").read_text().split()
     assert first in job.show("Dependency") and second == job.id
     slurm.login("scancel", first, second)
+    assert json.loads((job.run / "slurm" / "job.json").read_text())["steps"] == "3", "for who starts it by hand"
     assert (job.run / "slurm" / "code" / "or1_megatron" / "train.py").is_file()
 
 

@@ -6,10 +6,12 @@ import ast
 import fcntl
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -41,9 +43,20 @@ def test_ports_of_neighbouring_jobs_never_meet() -> None:
 
 
 def test_the_batch_script_means_the_same_ports() -> None:
-    (line,) = [line for line in (FOLDER / "train.sbatch").read_text().splitlines() if line.startswith("BASE=")]
-    said = subprocess.run(["bash", "-c", f"SLURM_JOB_ID=98765\n{line}\necho $BASE"], capture_output=True, check=True)
-    assert int(said.stdout) == ports.of_job(98765)["gcs"]
+    text = (FOLDER / "train.sbatch").read_text()
+    lines = [line for line in text.splitlines() if line.startswith(("BASE=", "OR1_PORTS="))]
+    script = "\n".join(["SLURM_JOB_ID=98765", *lines, "echo $OR1_PORTS"])
+    said = subprocess.run(["bash", "-c", script], capture_output=True, check=True)
+    fixed = {name: port for name, port in ports.of_job(98765).items() if "worker" not in name}
+    assert [int(port) for port in said.stdout.split()] == list(fixed.values()) and "ray-client-server" in fixed
+
+
+def test_a_node_that_is_alone_may_have_a_loopback_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where its full name stands beside 127.0.1.1 in /etc/hosts; a node that others have to reach may not."""
+    monkeypatch.setattr(ports.socket, "gethostname", lambda: "node1.cluster.example")
+    assert ports.own_address("127.0.1.1", alone=True) == ("127.0.0.1", "lo")
+    with pytest.raises(ValueError, match="which others cannot reach"):
+        ports.own_address("127.0.1.1")
 
 
 def test_a_task_of_an_array_acts_on_itself() -> None:
@@ -75,6 +88,28 @@ def test_times_of_slurm(text: str, minutes: float | None) -> None:
     assert site_limits.minutes(text) == minutes
     with pytest.raises(site_limits.Refused, match="is no time"):
         site_limits.minutes("1h")
+
+
+@pytest.mark.parametrize(
+    ("partition", "nodes", "said"),
+    [
+        ("h800,h100", 4, ""),
+        ("h100,h800", 4, ""),
+        ("", 4, ""),
+        ("h100,h200", 2, "--partition h200 is none of this cluster's: cpu, h100, h800"),
+        ("h800,h100", 5, "--nodes 5: partition h800 has 4 nodes with 8 GPUs"),
+        ("h100,cpu", 2, "--time 13:00:00 is above the limit of partition h100, 12:00:00"),
+    ],
+)
+def test_one_of_several_partitions_has_to_do(
+    monkeypatch: pytest.MonkeyPatch, partition: str, nodes: int, said: str
+) -> None:
+    sinfo = "h800*|4|1-00:00:00|gpu:8|up\nh100|2|12:00:00|gpu:h100:8|up\ncpu|9|infinite|(null)|up\n"
+    monkeypatch.setattr(site_limits.shutil, "which", lambda name: name)
+    monkeypatch.setattr(site_limits, "ask", lambda *words: sinfo)
+    time_limit = "13:00:00" if "--time" in said else "10:00:00"
+    with pytest.raises(site_limits.Refused, match=re.escape(said)) if said else nullcontext():
+        site_limits.check(partition, time_limit, nodes, 8, "", "")
 
 
 def test_gpus_of_a_node() -> None:
@@ -117,6 +152,10 @@ def test_time_is_short_when_a_step_a_save_and_a_minute_do_not_fit(tmp_path: Path
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
     assert not progress.Watch(tmp_path, 0, time.time() + 100 + 30 + 60 + 20).time_is_short()
     assert progress.Watch(tmp_path, 0, time.time() + 100 + 30 + 60 - 20).time_is_short()
+    with (tmp_path / "metrics.jsonl").open("w") as file:  # the last save lies more than 20 steps back
+        for row in [*rows, *({"step": step, "seconds/step": 80.0} for step in range(3, 40))]:
+            file.write(json.dumps(row) + "\n")
+    assert progress.Watch(tmp_path, 0, time.time() + 80 + 30 + 60 - 20).time_is_short()
     assert not progress.Watch(tmp_path / "nothing", 0, time.time() + 1).time_is_short(), "no step to go by"
 
 
@@ -179,6 +218,45 @@ def test_only_what_carries_the_mark_is_ended(tmp_path: Path, monkeypatch: pytest
     finally:
         others.kill()
         others.wait()
+
+
+DRIVER = """#!/bin/bash
+[[ $* != *or1_megatron.cluster* ]] || exit 0
+echo "$*" >"$OR1_RUN/words"
+sleep 1
+trap 'exit 130' USR1
+echo "[\\"node1\\", $$, \\"71\\"]" >"$OR1_RUN/driver.lock"
+for _ in {1..100}; do sleep 0.1; done
+"""
+
+
+def test_a_driver_is_asked_to_save_when_it_can_hear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not while it imports, when USR1 would end it; and the lock of an attempt before is not its own."""
+    monkeypatch.syspath_prepend(FOLDER)
+    node = load("node")
+    monkeypatch.setattr(node, "POLL_S", 0.05)
+    attempt = tmp_path / "slurm" / "job-71" / "attempt-0"
+    (attempt / "failed").mkdir(parents=True)
+    (attempt / "head.json").write_text('{"address": ""}')
+    attempt.with_name("current").write_text("attempt-0")
+    (tmp_path / "driver.lock").write_text('["node1", 1, "71"]')
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000001" / "driver.json").touch()
+    python = tmp_path / "slurm" / "python"
+    python.write_text(DRIVER)
+    python.chmod(0o755)
+    job = {**JOB, "python": str(python), "steps": "740", "start_deadline_s": 9, "stall_s": 0}
+    (tmp_path / "slurm" / "job.json").write_text(json.dumps(job))
+    settings = {"SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "71", "OR1_RUN": str(tmp_path)}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    for name in ("RAY_ADDRESS", "OR1_RAY_NODES", "OR1_RAY_GPUS", "OR1_RAY_DEADLINE_S", "OR1_STEPS"):
+        monkeypatch.setenv(name, "")
+    (attempt / "stop").write_text("the time limit is near\n")
+    with pytest.raises(node.Ended) as ended:
+        node.Supervisor(tmp_path, attempt)._lead()
+    assert ended.value.code == 130, ended.value
+    assert (tmp_path / "words").read_text().split()[-1] == "steps=740", "a chain's last, where no stage is said"
 
 
 def test_a_chain_that_is_refused_half_way_leaves_no_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

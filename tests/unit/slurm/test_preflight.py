@@ -40,6 +40,18 @@ def test_what_is_wrong_is_said_once_each(attempt: Path) -> None:
     assert found[2].startswith("node: /dev/shm has ") and len(found) == 3
 
 
+def test_a_wide_range_of_the_kernels_ports_is_a_warning(attempt: Path) -> None:
+    wide = 'echo "20000 60999" >/proc/sys/net/ipv4/ip_local_port_range && exec "$@"'
+    inside = ["unshare", "--net", "bash", "-c", wide, "-"]
+    if subprocess.run([*inside, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("needs leave to make a network namespace with a range of its own")
+    environment = {**os.environ, "SLURMD_NODENAME": "node3", "OR1_PORTS": "", "OR1_SHM_MB": "1"}
+    command = [*inside, SCRIPT, attempt.parents[2], attempt]
+    done = subprocess.run(command, check=True, env=environment, timeout=60, capture_output=True, text=True)
+    assert "node3: warning: the kernel hands out ports from 20000 on" in done.stdout
+    assert (attempt / "preflight" / "node3").read_text() == "ok\n"
+
+
 def test_an_earlier_attempt_is_ended_and_nothing_else(attempt: Path) -> None:
     marks = {"stale": attempt.with_name("attempt-0"), "own": attempt, "foreign": Path("/other/slurm/job-8/attempt-0")}
     started = {name: subprocess.Popen(["sleep", "60"], env={"OR1_ATTEMPT": str(mark)}) for name, mark in marks.items()}
