@@ -139,11 +139,14 @@ def test_a_dead_fork_server_is_reported() -> None:
         sandbox.start("program", [0], 1)
 
 
+CPU_AND_STACK = (0, 3)  # of setrlimit, on every machine
+
+
 def ruling(program: bytes, call: int, *arguments: int) -> int:
     """What the kernel would find by this filter."""
     words = dict(enumerate((call, isolation._AUDIT_ARCH[platform.machine()], 0, 0)))
     for place, argument in enumerate((*arguments, *[0] * (6 - len(arguments)))):
-        words[4 + 2 * place] = argument
+        words[4 + 2 * place], words[5 + 2 * place] = argument & 0xFFFFFFFF, argument >> 32
     place, held = 0, 0
     while True:
         code, if_true, if_false, value = struct.unpack_from("HBBI", program, 8 * place)
@@ -174,6 +177,10 @@ def test_filter_rules_every_call_as_listed(machine: str, monkeypatch: pytest.Mon
     tgkill, prlimit, openat = isolation._TGKILL[machine], isolation._PRLIMIT[machine], isolation._OPENAT[machine]
     assert [ruling(program, tgkill, *who) for who in ((1234, 1, 6), (1235, 1, 6), (1234, 1, 9))] == [may, death, death]
     assert [ruling(program, prlimit, who) for who in (0, 1234, 1)] == [may, may, death]
+    never = refused | isolation._EPERM
+    for new, verdict in ((0, may), (1, never), (1 << 32, never)):
+        assert [ruling(program, prlimit, 0, limit, new) for limit in CPU_AND_STACK] == [verdict, may]
+    assert [ruling(program, isolation._SETRLIMIT[machine], limit, 1) for limit in CPU_AND_STACK] == [never, may]
     assert [ruling(program, openat, 3, 0, how) for how in (os.O_RDONLY, os.O_RDWR)] == [
         may,
         refused | isolation._EACCES,
