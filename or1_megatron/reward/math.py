@@ -95,8 +95,8 @@ def _equal(gold: str, answer: str, parsed: list[Any]) -> bool:
 
 
 def _value_in_base(number: re.Match[str]) -> str:
-    digits, base = number.group(1), int(number.group(2))
     try:
+        digits, base = number.group(1), int(number.group(2))
         return str(int(digits, base)) if 2 <= base <= 36 else ""
     except ValueError:
         return ""
