@@ -80,7 +80,7 @@ def _prepare() -> _Prepared:
         rules = os.dup2(rules, _RULES_AT, inheritable=False)
     isolation.drop_capabilities()
     program = isolation.filter_of_any_process()
-    if not program:  # nothing else keeps a child from its parent's memory
+    if not program or rules < 0:  # nothing else keeps a child from its parent's memory
         isolation.untraceable()
     gc.collect()
     gc.freeze()

@@ -36,11 +36,34 @@ tests, limits = CodeTests(runs=(("", "yes"),)), code.Limits(2.0, 4.0)
 print(*(code.score(f"```python\\n{program}\\n```", tests, sandbox, limits)[0] for program in programs))
 """
 
+# Without landlock any file of the same user opens, unless the kernel says that its owner is nobody's equal.
+SNOOP = """
+import os, socket, sys
+from or1_megatron.reward import code, sandbox, worker
+from or1_megatron.reward.problem import CodeTests
 
-def probe_as(*command: str, level: str = "full") -> list[str]:
+serve = "forkserver.serve"
+sandbox._BOOT = sandbox._BOOT.replace(serve, "forkserver.isolation.landlock_version = int; " + serve)
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+verifier = os.fork()
+if not verifier:
+    ours.close()
+    worker.math.warm_up = int
+    worker.main(theirs, {})
+ours.recv(100)
+here = sandbox.Sandbox(512)
+files = ["'/etc/hostname'", "f'/proc/{os.getppid()}/mem'", f"'/proc/{verifier}/mem'"]
+programs = [f"import os\\nopen({file}, 'rb')\\nprint('yes')" for file in files]
+tests, limits = CodeTests(runs=(("", "yes"),)), code.Limits(2.0, 4.0)
+print(os.getuid(), here.level)
+print(*(code.score(f"```python\\n{program}\\n```", tests, here, limits)[0] for program in programs))
+"""
+
+
+def probe_as(*command: str, level: str = "full", probe: str = PROBE) -> list[str]:
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [*command, "-c", PROBE, level],
+        [*command, "-c", probe, level],
         env=environment,
         cwd="/",
         capture_output=True,
@@ -50,6 +73,15 @@ def probe_as(*command: str, level: str = "full") -> list[str]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def ordinary_python() -> list[str]:
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
+    # The interpreter of a virtual environment may lie where only its owner can go; the sandbox needs no package.
+    pythons = [path for path in (sys.executable, "/usr/bin/python3") if usable([*command, path])]
+    if not pythons:
+        pytest.skip("an ordinary user can run no Python 3.11 here, or not read this repository")
+    return [*command, pythons[0]]
 
 
 def has_landlock() -> bool:
@@ -83,14 +115,17 @@ def test_full_isolation_as_this_user() -> None:
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become somebody else")
 @pytest.mark.skipif(not has_landlock(), reason="the kernel has no landlock")
 def test_full_isolation_as_an_ordinary_user() -> None:
-    command = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all")
-    # The interpreter of a virtual environment may lie where only its owner can go; the sandbox needs no package.
-    pythons = [path for path in (sys.executable, "/usr/bin/python3") if usable([*command, path])]
-    if not pythons:
-        pytest.skip("an ordinary user can run no Python 3.11 here, or not read this repository")
-    found = probe_as(*command, pythons[0])
+    found = probe_as(*ordinary_python())
     assert found[0].startswith("65534 full landlock ")
     assert found[1] == CONTAINED
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become somebody else")
+def test_without_landlock_the_memory_that_holds_tests_stays_closed() -> None:
+    found = probe_as(*ordinary_python(), probe=SNOOP)
+    if found[0] != "65534 partial":
+        pytest.skip("the kernel has no seccomp")
+    assert found[1] == "correct wrong wrong"
 
 
 def test_less_than_required_is_refused() -> None:
