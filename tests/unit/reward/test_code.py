@@ -71,6 +71,10 @@ def test_last_block_counts(text: str, code: str | None) -> None:
         ("1.0", "nan", False),
         ("1  2", "1 2", True),
         ("a  b", "a b", False),
+        ("5", "1" * 400 + ".5", False),
+        ("1" * 400 + ".4", "1" * 400 + ".5", True),
+        ("1e9999999", "1.5", False),
+        ("1.500001", "1.5", True),
     ],
 )
 def test_outputs_compare_as_in_livecodebench(output: str, expected: str, equal: bool) -> None:
