@@ -127,7 +127,7 @@ def _add_verify(commands: Any) -> None:
         "verify",
         help="score a file of responses; compare verifiers",
         description="A row (.jsonl, .parquet) has response, ground_truth; optional: data_source, truncated, prompt (as "
-        "the model saw it), correct, difficulty.",
+        "the model saw it), correct (true or false), difficulty (a number or text).",
     )
     verify.add_argument("file", metavar="FILE", type=Path)
     verify.add_argument("--out", metavar="FILE", type=Path, help="verdict of each row, one JSON line each")

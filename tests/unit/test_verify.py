@@ -58,6 +58,14 @@ def test_parquet_is_read_like_lines(tmp_path: Path) -> None:
         ("c.jsonl", '{"response": "x"}', " line 1: `ground_truth` is None"),
         ("d.jsonl", '{"response": "x", "ground_truth": {}}', " line 1: `ground_truth` is {}"),
         ("e.parquet", "x", "e.parquet cannot be read: "),
+        ("f.jsonl", '{"response": "x", "ground_truth": "1", "correct": "false"}', "`correct` is 'false'; it must be "),
+        ("g.jsonl", '{"response": "x", "ground_truth": "1", "difficulty": [1]}', "`difficulty` is [1]; it must be "),
+        (
+            "h.jsonl",
+            '{"response": "x", "ground_truth": "1", "difficulty": 1}\n'
+            '{"response": "x", "ground_truth": "1", "difficulty": "hard"}',
+            "`difficulty` is a number in some rows and text in others",
+        ),
     ],
 )
 def test_bad_files(
@@ -67,6 +75,65 @@ def test_bad_files(
         (tmp_path / name).write_text(content)
     assert cli.main(["verify", str(tmp_path / name)]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "words"),
+    [
+        ("--out", "folder", "--out {} is a folder; give a file"),
+        ("--out", "file/x", "--out {}: its folder cannot be made"),
+        ("--plot", "folder", "--plot {}: use .png, .svg or .pdf"),
+        ("--plot", "folder.png", "--plot {} is a folder; give a file"),
+        ("--plot", "file/x.png", "--plot {}: its folder cannot be made"),
+        ("--plot", "x.foo", "--plot {}: use .png, .svg or .pdf"),
+    ],
+)
+def test_places_are_refused_before_anything_is_scored(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    place: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(verify, "RewardService", None)
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "file").touch()
+    for folder in ("folder", "folder.png"):
+        (tmp_path / folder).mkdir()
+    before = sorted(tmp_path.iterdir())
+    compare = ["--compare"] if option == "--plot" else []
+    assert cli.main(["verify", file, option, str(tmp_path / place), *compare]) == 2
+    assert words.format(tmp_path / place) in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    assert cli.main(["verify", file, "--out", str(tmp_path / "a" / "b" / "out.jsonl"), "--workers", "1"]) == 0
+    plot = tmp_path / "c" / "plot.svg"
+    words = ["verify", file, "--compare", "--peers", str(tmp_path / "none"), "--workers", "1", "--plot", str(plot)]
+    assert cli.main(words) == 0
+    assert plot.stat().st_size > 5000
+
+
+def test_other_verifiers_get_no_reasoning(tmp_path: Path) -> None:
+    rows = [{"response": "\\boxed{8}", "ground_truth": "8", "prompt": prompt} for prompt in ("<think>", "8 = ?")]
+    found = verify.read_rows(Path(write(tmp_path / "rows.jsonl", rows)))
+    assert [verify._answer_part(row) for row in found] == ["", "\\boxed{8}"]
+
+
+def test_half_a_character_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A surrogate on its own, as a tokenizer that is cut leaves it."""
+    file = write(
+        tmp_path / "rows.jsonl",
+        [
+            {"response": "\ud83d \\boxed{0.333}", "ground_truth": "\\frac{1}{3}"},
+            {"response": "\ud83d \\boxed{1\\text{ m}}", "ground_truth": "1\\text{ km}"},
+        ],
+    )
+    assert cli.main(["verify", file, "--compare", "--peers", str(tmp_path / "none"), "--workers", "1"]) == 0
+    assert "answer \\ud83d \\boxed{1" in capsys.readouterr().out
 
 
 def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
