@@ -15,12 +15,14 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import itertools
 import json
 import os
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
-from or1_megatron.reward.session import TEST_MODULES, Channel, Deadline, Ended, Namespace, Remote, Session
+from or1_megatron.reward.session import MAX_ITEMS, TEST_MODULES, Channel, Deadline, Ended, Namespace, Remote, Session
 
 TOLERANCE = 1e-6
 
@@ -184,12 +186,18 @@ def _checker(source: str | None) -> Any:
         raise BrokenTests(f"the checker fails: {type(error).__name__}: {error}") from None
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON would carry it: tuples are lists, keys are text; what JSON cannot carry stays itself."""
+def _plain(value: Any, count: Iterator[int] | None = None) -> Any:
+    """The value as JSON would carry it: tuples are lists, keys are text; what JSON cannot carry stays itself.
+
+    Raises AssertionError beyond MAX_ITEMS: sixty lists that each hold the one before twice would have no end.
+    """
+    count = count or itertools.count()
+    if next(count) > MAX_ITEMS:
+        raise AssertionError(f"a value of more than {MAX_ITEMS} members")
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, count) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, count) for key, item in value.items()}
     return value
 
 

@@ -162,6 +162,8 @@ VERDICTS = [
     ("call of no function", "add = 3", CALLED, "wrong"),
     ("call, error", "def add(a, b): raise ValueError", CALLED, "wrong"),
     ("call, prints", "def add(a, b):\n    print('x' * 10**6)\n    return a + b", CALLED, "correct"),
+    ("call, the same list again and again", "def add(a, b):\n    for _ in range(60): a = [a, a]\n    return a", CALLED,
+     "wrong"),
     ("lines of JSON", "class Solution:\n    def shift(self, a, k): return [x + k for x in a]", LCB, "correct"),
     ("lines of JSON, wrong", "class Solution:\n    def shift(self, a, k): return a", LCB, "wrong"),
     ("linked list", TURN, LEET, "correct"),
@@ -280,6 +282,16 @@ def test_a_builtin_class_is_a_solution(service: RewardService) -> None:
     ):
         assert check(service, "f = tuple", tests).name == "correct"
         assert check(service, "f = list", tests).name == "wrong"
+
+
+def test_the_limit_of_a_test_holds_while_it_asks(service: RewardService) -> None:
+    """The solution answers before it is asked and then reads nothing."""
+    code = (
+        'import os, struct, time\nm = b\'{"value": {"root": [0], "nodes": [["handle", 0]]}}\'\n'
+        "os.write(4, struct.pack('<I', len(m)) + m)\ntime.sleep(1000)"
+    )
+    found = check(service, code, {"test_list": ["assert f('x' * 10**6) == 1"]})
+    assert found.name == "timeout" and "call 1 took longer than 1.0 s" in found.detail, found
 
 
 def test_math_is_not_code() -> None:
