@@ -136,7 +136,7 @@ def _add_verify(commands: Any) -> None:
         "--require-isolation", metavar="LEVEL", default="full",
         help="least isolation for code: rlimits, partial, full (default) or namespaces",
     )  # fmt: skip
-    verify.add_argument("--compare", action="store_true", help="with other verifiers, by name (math answers)")
+    verify.add_argument("--compare", action="store_true", help="with other verifiers (math answers), locked down")
     verify.add_argument("--install", action="store_true", help="get the packages of those that are not here")
     verify.add_argument(
         "--peers", metavar="DIR", type=Path, default=Path(".cache/verifiers"),

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from or1_megatron import cli, verify
+from or1_megatron.reward import isolation
 from or1_megatron.reward.named import NAMED
 from or1_megatron.reward.problem import Task
 from or1_megatron.verify import Column, Killable, Row
@@ -171,6 +174,37 @@ def test_comparison_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureF
     rows = {line.split()[0]: line.split() for line in text.splitlines() if "+" in line}
     assert rows["or1"][1:4] == ["0", "0", "0"] and rows["Math-Verify"][2:5] == ["1", "0", "0"]
     assert plot.stat().st_size > 5000
+
+
+EVAL = """
+import sys
+from pathlib import Path
+from or1_megatron.reward import named
+
+named.NAMED["eval"] = named.Named(lambda folder: lambda response, gold: bool(eval(response)))
+named.main("eval", Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(not isolation.landlock_version(), reason="the kernel has no landlock")
+@pytest.mark.parametrize(
+    "attack",
+    ["open('SECRET').read()", "open('NEW', 'w')", "__import__('os').fork() + 1", "__import__('socket').socket()"],
+)
+def test_a_verifier_that_evaluates_answers_reaches_nothing(tmp_path: Path, attack: str) -> None:
+    (tmp_path / "secret").write_text("sings")
+    attack = attack.replace("SECRET", str(tmp_path / "secret")).replace("NEW", str(tmp_path / "new"))
+    tasks = [
+        {"response": response, "ground_truth": ["1"]} for response in ("__import__('fractions').Fraction(1)", attack)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", EVAL, str(tmp_path)], input="\n".join(map(json.dumps, tasks)),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers[:2] == [{"ready": True}, {"correct": True}], done.stderr
+    assert not any("correct" in answer for answer in answers[2:])  # an error, or killed
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_stuck_verifier_is_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
