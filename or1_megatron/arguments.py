@@ -127,7 +127,7 @@ def _add_verify(commands: Any) -> None:
         "verify",
         help="score a file of responses; compare verifiers",
         description="A row (.jsonl, .parquet) has response, ground_truth; optional: data_source, truncated, prompt (as "
-        "the model saw it), correct, difficulty.",
+        "the model saw it), correct (true or false), difficulty (a number or text).",
     )
     verify.add_argument("file", metavar="FILE", type=Path)
     verify.add_argument("--out", metavar="FILE", type=Path, help="verdict of each row, one JSON line each")
@@ -136,7 +136,7 @@ def _add_verify(commands: Any) -> None:
         "--require-isolation", metavar="LEVEL", default="full",
         help="least isolation for code: rlimits, partial, full (default) or namespaces",
     )  # fmt: skip
-    verify.add_argument("--compare", action="store_true", help="with other verifiers, by name (math answers)")
+    verify.add_argument("--compare", action="store_true", help="with other verifiers (math answers), locked down")
     verify.add_argument("--install", action="store_true", help="get the packages of those that are not here")
     verify.add_argument(
         "--peers", metavar="DIR", type=Path, default=Path(".cache/verifiers"),

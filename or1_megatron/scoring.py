@@ -31,7 +31,7 @@ from or1_megatron.reward.preflight import check_rewards
 from or1_megatron.reward.service import RewardService
 from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Prompt
-from or1_megatron.verify import read_rows, score_rows
+from or1_megatron.verify import prepare_place, read_rows, score_rows
 
 LONGEST_CONTEXT = 32_768  # of a model given without a recipe (8.1); less where the model has fewer positions
 
@@ -56,7 +56,7 @@ def evaluate(
         out = out or Path(config.runs_dir) / f"eval-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.parquet"
         if out.exists():
             raise UserError(f"--out {out} exists; choose another")
-        out.parent.mkdir(parents=True, exist_ok=True)  # before the answers, which may take hours
+        prepare_place("--out", out)  # before the answers, which may take hours
         tables = _answer_all(config, sets)
     with published(out) as temporary:
         parquet.write_table(pyarrow.concat_tables(tables), temporary)
@@ -134,6 +134,10 @@ def rescore(file: Path, config: RewardConfig, out: Path | None = None) -> None:
     table = parquet.read_table(file) if file.suffix == ".parquet" else None
     if table is None or not {"uid", "index", "length", "truncated", "verdict", "reward"} <= set(table.column_names):
         raise UserError(f"{file} is no file of `or1 eval` or of a run's rollouts/; `or1 verify` scores any responses")
+    if out:
+        if out.exists():
+            raise UserError(f"--out {out} exists; choose another")
+        prepare_place("--out", out)
     verdicts, _ = score_rows(rows, config)
     before = table["verdict"].to_pylist()
     new = {

@@ -1,8 +1,9 @@
 """`or1 verify FILE`: scores a file of responses, and with --compare the same responses with other people's verifiers.
 
 A row (.jsonl or .parquet) has `response` and `ground_truth` (or reward_model.ground_truth), as text or as a list;
-optional: `data_source`, `truncated`, `prompt` (as the model saw it), `correct` (a person's judgement), `difficulty` (0
-to 8, as in the paper's comparison of verifiers: how many of 8 attempts failed, or any other level of the user's).
+optional: `data_source`, `truncated`, `prompt` (as the model saw it), `correct` (a person's judgement, true or
+false), `difficulty` (0 to 8, as in the paper's comparison of verifiers: how many of 8 attempts failed, or any other
+level of the user's, a number or text).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from or1_megatron.data.rows import sound_rows
 from or1_megatron.errors import UserError
+from or1_megatron.parallel.file_sums import published
 from or1_megatron.reward.named import NAMED
 from or1_megatron.reward.preflight import reached_isolation
 from or1_megatron.reward.problem import Task, code_tests
@@ -31,22 +33,26 @@ from or1_megatron.sections import RewardConfig
 from or1_megatron.types import Verdict
 
 OURS = "or1"
+PLOTS = (".png", ".svg", ".pdf")
 DEADLINE_S = 10.0
 _START_S = 60.0
+
+
+Level = int | float | str
 
 
 @dataclass(frozen=True)
 class Row:
     task: Task
     correct: bool | None  # as judged by hand
-    difficulty: int | None
+    difficulty: Level | None
 
 
 def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Verdict]:
     """Scores every row, prints what came out and writes one JSON line per row to `out`. Raises UserError."""
     rows = read_rows(file)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
+        prepare_place("--out", out)
     verdicts, metrics = score_rows(rows, config)
     counts = Counter(verdict.name for verdict in verdicts)
     print(
@@ -61,8 +67,19 @@ def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Ve
         print(f"against {len(judged)} judgements by hand: {wrong} wrong answers accepted, {lost} right ones refused")
     if out:
         lines = [json.dumps({"verdict": v.name, "seconds": round(v.seconds, 4), "detail": v.detail}) for v in verdicts]
-        _write(out, "\n".join(lines) + "\n")
+        with published(out) as temporary:
+            temporary.write_text("\n".join(lines) + "\n")
     return verdicts
+
+
+def prepare_place(option: str, path: Path) -> None:
+    """Makes the folder of a file that is written once everything is scored. Raises UserError."""
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder; give a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{option} {path}: its folder cannot be made ({error.strerror}); choose another") from None
 
 
 def score_rows(rows: list[Row], config: RewardConfig) -> tuple[list[Verdict], dict[str, float]]:
@@ -86,6 +103,8 @@ def read_rows(file: Path) -> list[Row]:
     rows = [_row(place, row) for place, row in sound_rows(file)]
     if not rows:
         raise UserError(f"{file} holds no response")
+    if len({isinstance(row.difficulty, str) for row in rows if row.difficulty is not None}) > 1:
+        raise UserError(f"{file}: `difficulty` is a number in some rows and text in others; use one of them")
     return rows
 
 
@@ -104,7 +123,12 @@ def _row(place: str, row: dict[str, Any]) -> Row:
     prompt = row.get("prompt")
     reasoning_open = isinstance(prompt, str) and reasoning_is_open(prompt)
     task = Task(response, tuple(map(str, truths)), source, cut, reasoning_open)
-    return Row(task, row.get("correct"), row.get("difficulty"))
+    correct, difficulty = row.get("correct"), row.get("difficulty")
+    if correct not in (None, True, False):
+        raise UserError(f"{place}: `correct` is {correct!r:.60}; it must be true or false")
+    if not isinstance(difficulty, Level | None):
+        raise UserError(f"{place}: `difficulty` is {difficulty!r:.60}; it must be a number or text")
+    return Row(task, correct if correct is None else bool(correct), difficulty)
 
 
 # ---- the comparison
@@ -180,6 +204,10 @@ def compare(file: Path, config: RewardConfig, folder: Path, install: bool, plot:
     rows = [row for row in read_rows(file) if code_tests(row.task.ground_truth, row.task.data_source) is None]
     if not rows:
         raise UserError(f"{file} holds no math answers; the other verifiers know nothing else")
+    if plot:
+        if plot.suffix.lower() not in PLOTS:
+            raise UserError(f"--plot {plot}: use {', '.join(PLOTS[:-1])} or {PLOTS[-1]}")
+        prepare_place("--plot", plot)
     columns = [_our_column(rows, config)]
     for name, known in NAMED.items():
         if known.packages and not (folder / known.folder).is_dir():
@@ -197,7 +225,8 @@ def compare(file: Path, config: RewardConfig, folder: Path, install: bool, plot:
     if any(row.correct is None for row in rows):
         print(f"without `correct` in a row, {OURS}'s verdict is taken for the truth")
     print(table(columns, rows, truth))
-    print(disagreements(columns, rows, most))
+    # Half a surrogate pair, which a cut response may end with, has no encoding.
+    print(disagreements(columns, rows, most).encode(errors="backslashreplace").decode())
     if plot:
         _plot(columns, rows, truth, plot)
 
@@ -227,10 +256,10 @@ def _their_column(name: str, rows: list[Row], folder: Path, num_workers: int) ->
 
 
 def _answer_part(row: Row) -> str:
-    return after_reasoning(row.task.response, reasoning_open=False, unclosed="zero") or ""
+    return after_reasoning(row.task.response, reasoning_open=row.task.reasoning_open, unclosed="zero") or ""
 
 
-def errors(column: Column, rows: list[Row], truth: list[bool], level: int | None = None) -> tuple[int, int, int]:
+def errors(column: Column, rows: list[Row], truth: list[bool], level: Level | None = None) -> tuple[int, int, int]:
     """(wrong answers accepted, right answers refused, neither said), over the rows of one difficulty or all."""
     counts = Counter(
         (answer, right)
@@ -241,7 +270,7 @@ def errors(column: Column, rows: list[Row], truth: list[bool], level: int | None
     return counts["correct", False], counts["wrong", True], unsaid
 
 
-def _levels(rows: list[Row]) -> list[int]:
+def _levels(rows: list[Row]) -> list[Any]:
     return sorted({row.difficulty for row in rows if row.difficulty is not None})
 
 
@@ -281,7 +310,7 @@ def _plot(columns: list[Column], rows: list[Row], truth: list[bool], path: Path)
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    groups: list[int | None] = [*_levels(rows)] or [None]
+    groups: list[Level | None] = [*_levels(rows)] or [None]
     figure, axes = pyplot.subplots(1, 2, figsize=(12, 4), constrained_layout=True)
     for axis, kind, title in ((axes[0], 0, "wrong answers accepted"), (axes[1], 1, "right answers refused")):
         for place, column in enumerate(columns):
@@ -296,13 +325,3 @@ def _plot(columns: list[Column], rows: list[Row], truth: list[bool], path: Path)
         axis.set_xticks(range(len(groups)), ["all" if level is None else f"level {level}" for level in groups])
     axes[1].legend(fontsize=8)
     figure.savefig(path)
-
-
-def _write(path: Path, text: str) -> None:
-    """Under a temporary name first: nothing half-written."""
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

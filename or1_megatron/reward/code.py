@@ -16,7 +16,7 @@ import signal
 import time
 import warnings
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal, DecimalException
 from typing import Any
 
 from or1_megatron.reward.problem import CodeTests
@@ -206,11 +206,11 @@ def _same_number(token: str, wanted: str) -> bool:
         value, goal = Decimal(token), Decimal(wanted)
         if value == goal:
             return True
-    except InvalidOperation:  # also of a comparison with a signalling NaN
+        if not value.is_finite() or not goal.is_finite() or not ("." in wanted or "e" in wanted.lower()):
+            return False
+        return abs(value - goal) <= Decimal(str(TOLERANCE)) * max(Decimal(1), abs(goal))
+    except DecimalException:  # no number; a comparison with a signalling NaN; a difference beyond all bounds
         return False
-    if not value.is_finite() or not goal.is_finite() or not ("." in wanted or "e" in wanted.lower()):
-        return False
-    return abs(float(value) - float(goal)) <= TOLERANCE * max(1.0, abs(float(goal)))
 
 
 def _drain(descriptor: int, most: int, until: float) -> bytes | None:

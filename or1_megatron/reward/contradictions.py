@@ -1,4 +1,5 @@
-r"""What Math-Verify overlooks in a pair it takes for equal: units, brackets, bounds, names, letter case, dots.
+r"""What Math-Verify overlooks in a pair it takes for equal: units, brackets, bounds, names, letter case, dots,
+rows and the order of letters.
 
 It reads `12\text{ m}` as 12, `\{1,2\}` as `(1,2)`, `\le 5` as 5, `a` as `A` and `5\ldots` as 5. The rules look at the
 text alone and say only that two answers differ, never that they agree; what they cannot read contradicts nothing.
@@ -6,6 +7,7 @@ text alone and say only that two answers differ, never that they agree; what the
 
 from __future__ import annotations
 
+import math
 import re
 
 from or1_megatron.reward.units import WORDS, units
@@ -20,28 +22,47 @@ _DECIMAL = re.compile(r"(\d*)\.(\d+)")
 _NUMBER = re.compile(r"-?\d{1,300}(?:\.\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _LETTERS = re.compile(r"[A-Za-z](?:,[A-Za-z])*")
+_SCALED = re.compile(r"\.(\d+) ?(?:\\times|\\cdot|×) ?10\^\{?-(\d{1,3})(?!\d)")
+_ORDER = re.compile(r"[A-Z]{4,}")  # ABC may be an angle, ab a product
+_SCALE = re.compile(r"(?<![A-Za-z])(thousand|(?:m|b|tr)illion)s?(?![A-Za-z])", re.IGNORECASE)
+_CONNECTIVE = re.compile(r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
+_MATRIX = re.compile(r"\\begin\{(\w*matrix|array)\}.*?\\end\{\1\}", re.DOTALL)
+# A row that begins with = goes on with the one before; \\frac is \frac in an answer that was escaped once too often.
+_ROW = re.compile(r"\\(?:lor|vee)(?![A-Za-z])|\\\\(?![A-Za-z]{2}|\s*&?\s*(?:=|$))")
 
 
 def contradicts(gold: str, answer: str) -> bool:
     """Whether `answer` says something else than `gold` in what Math-Verify leaves out."""
-    if _units_differ(gold, answer) or _is_cut_short(gold, answer):
+    if (
+        _units_differ(gold, answer)
+        or _is_cut_short(gold, answer)
+        or _has_more_rows(gold, answer)
+        or _connectives_differ(gold, answer)
+        or _scales(gold) != _scales(answer)
+    ):
         return True
     gold, answer = _plain(gold), _plain(answer)
     return (
         _is_a_bound(gold, answer)
         or _is_untrue(answer)
         or _case_differs(gold, answer)
+        or _letters_are_moved(gold, answer)
         or _order_differs(gold, answer)
         or _brackets_differ(gold, answer)
     )
 
 
-def decimals(gold: str, answer: str) -> int:
+def decimals(gold: str, answer: str, value: float | None) -> int:
     """Decimals that have to agree: of a decimal gold answer its own, at least Math-Verify's six. Of an exact one twelve
-    digits, whatever their place, since that is what a right decimal has; 1.41421356 is not the root of 2."""
+    digits, whatever their place, since that is what a right decimal has; 1.41421356 is not the root of 2.
+
+    value: of the gold answer where it is one number, else None; the digits in the answer tell its size then.
+    """
     own = [len(fraction) for _, fraction in _DECIMAL.findall(gold)]
     if own:
-        return max(6, *own)
+        return max(6, *own, *(len(fraction) + int(power) for fraction, power in _SCALED.findall(gold)))
+    if value and math.isfinite(value):
+        return max(6, 11 - math.floor(math.log10(abs(value))))
     return max(6, 12 - max((len(whole.lstrip("0")) for whole, _ in _DECIMAL.findall(answer)), default=0))
 
 
@@ -62,6 +83,21 @@ def _is_cut_short(gold: str, answer: str) -> bool:
     return bool(_CUT.search(answer)) and not _DECIMAL.search(answer) and not _DOTS.search(gold)
 
 
+def _has_more_rows(gold: str, answer: str) -> bool:
+    """`x=17 \\lor x=23` or the same in two rows for 23, of which Math-Verify takes the last."""
+    return bool(_ROW.search(_MATRIX.sub("", answer))) and not _ROW.search(gold)
+
+
+def _connectives_differ(gold: str, answer: str) -> bool:
+    """`x<1` or `x>2` for both; of equations people say `and` where they mean `or`."""
+    words = [set(_CONNECTIVE.findall(text)) for text in (gold, answer) if _BOUND.search(text)]
+    return sorted(map(sorted, words)) == [["and"], ["or"]]
+
+
+def _scales(text: str) -> set[str]:
+    return {name.lower() for name in _SCALE.findall(text)}
+
+
 def _is_a_bound(gold: str, answer: str) -> bool:
     """`\\le 5` for 5."""
     return bool(_BOUND.match(answer)) and not _BOUND.search(gold) and not re.search("more|less|most|least", gold)
@@ -77,6 +113,12 @@ def _case_differs(gold: str, answer: str) -> bool:
     """`a` for `A`, of single letters: yes is Yes."""
     is_letters = _LETTERS.fullmatch(gold) and _LETTERS.fullmatch(answer)
     return bool(is_letters) and sorted(gold) != sorted(answer) and sorted(gold.lower()) == sorted(answer.lower())
+
+
+def _letters_are_moved(gold: str, answer: str) -> bool:
+    """`ABCD` for `DCAB`, an order of four, which Math-Verify multiplies."""
+    are_orders = _ORDER.fullmatch(gold) and _ORDER.fullmatch(answer)
+    return bool(are_orders) and gold != answer and sorted(gold) == sorted(answer)
 
 
 def _order_differs(gold: str, answer: str) -> bool:

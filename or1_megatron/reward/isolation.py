@@ -224,8 +224,14 @@ def seccomp_program(pid: int) -> bytes:
     # abort() is tgkill on oneself; SIGKILL is refused, it would look like a machine short of memory.
     own = _either(0, (pid,), _RET_ALLOW, _RET_KILL)
     calls[_TGKILL[machine]] = [_load(_argument(2)), _jump(0x15, 9, 0, 1), _ret(_RET_KILL), *own]
-    calls[_PRLIMIT[machine]] = _either(0, (0, pid), _RET_ALLOW, _RET_KILL)
-    calls[_SETRLIMIT[machine]] = [_ret(_RET_ALLOW)]
+    # So is an own limit of CPU time, at which the kernel would send one; it may be asked for.
+    own = [_load(_argument(0)), _jump(0x15, 0, 2, 0), _jump(0x15, pid, 1, 0), _ret(_RET_KILL)]
+    asking = [_load(_argument(2)), _jump(0x15, 0, 0, 2), _load(_argument(2) + 4), _jump(0x15, 0, 1, 0)]
+    calls[_PRLIMIT[machine]] = [
+        *own, _load(_argument(1)), _jump(0x15, resource.RLIMIT_CPU, 1, 0), _ret(_RET_ALLOW),
+        *asking, _ret(_RET_ERRNO | _EPERM), _ret(_RET_ALLOW),
+    ]  # fmt: skip
+    calls[_SETRLIMIT[machine]] = _either(0, (resource.RLIMIT_CPU,), _RET_ERRNO | _EPERM, _RET_ALLOW)
     for number, argument in ((_OPEN[machine], 1), (_OPENAT[machine], 2)):
         reading = [_jump(0x45, _WRITING, 0, 1), _ret(_RET_ERRNO | _EACCES), _ret(_RET_ALLOW)]
         calls[number] = [_load(_argument(argument)), *reading]

@@ -83,7 +83,7 @@ def _equal(gold: str, answer: str, parsed: list[Any]) -> bool:
         return _value_in_base(in_base) == gold.strip()  # Math-Verify takes 10_2 for ten
     from math_verify import verify
 
-    golds, rounding = list(_parse_gold(gold)), decimals(gold, answer)
+    golds, rounding = list(_parse_gold(gold)), decimals(gold, answer, _number(gold) if "." in answer else None)
     compare = partial(verify, golds, parsed, float_rounding=rounding, timeout_seconds=None)
     try:
         equal = bool(compare(raise_on_error=True))
@@ -95,8 +95,8 @@ def _equal(gold: str, answer: str, parsed: list[Any]) -> bool:
 
 
 def _value_in_base(number: re.Match[str]) -> str:
-    digits, base = number.group(1), int(number.group(2))
     try:
+        digits, base = number.group(1), int(number.group(2))
         return str(int(digits, base)) if 2 <= base <= 36 else ""
     except ValueError:
         return ""
@@ -124,6 +124,18 @@ def _fraction(number: re.Match[str]) -> str:
 @lru_cache(maxsize=65536)
 def _parse_gold(gold: str) -> tuple[Any, ...]:
     return tuple(_parse(gold))
+
+
+@lru_cache(maxsize=65536)
+def _number(gold: str) -> float | None:
+    """The gold answer's value where it is one number."""
+    parsed = _parse_gold(gold)
+    try:
+        return float(parsed[0]) if parsed else None
+    except MemoryError:
+        raise
+    except Exception:  # a set, a relation, text
+        return None
 
 
 def warm_up() -> None:

@@ -2,10 +2,13 @@
 one JSON line {"response", "ground_truth"} with one {"correct"}; or1_megatron/verify.py keeps the deadline.
 
 Each is the function of a published package, which lies in a folder of its own, without its dependencies: the packages
-ask for versions that exclude one another. Two are on no index and are put together from functions that descend from
-theirs. DeepScaleR takes the last box behind the reasoning and accepts what the MATH rules or PRM800K's sympy comparison
-accept (both in verl). Qwen2.5's evaluation takes and cleans the answer as Trinity-RFT's copy does and compares as
-PRIME's grader (in verl) does, which comes from the same harness; Trinity-RFT's own comparison reads no LaTeX.
+ask for versions that exclude one another. Some evaluate answers as Python, so the process first gives up what tested
+code gives up, as far as the kernel can (isolation.py): it reads libraries, writes no file and starts nothing.
+
+Two are on no index and are put together from functions that descend from theirs. DeepScaleR takes the last box behind
+the reasoning and accepts what the MATH rules or PRM800K's sympy comparison accept (both in verl). Qwen2.5's evaluation
+takes and cleans the answer as Trinity-RFT's copy does and compares as PRIME's grader (in verl) does, which comes from
+the same harness; Trinity-RFT's own comparison reads no LaTeX.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from or1_megatron.reward import isolation
 
 Verifier = Callable[[str, str], bool]  # response, gold -> accepted
 _RULES = (
@@ -42,15 +47,23 @@ def _math(folder: Path) -> Verifier:
     return lambda response, gold: rules.compute_score(response, gold) == 1.0
 
 
-def _prime(folder: Path) -> Verifier:
+def _prime_rules(folder: Path) -> Any:
+    """Without the process that it starts to keep its own deadline: the one from outside is the same, and none may be
+    started here."""
     rules: Any = _module(folder, "verl.utils.reward_score.prime_math")
+    rules.are_equal_under_sympy = rules.are_equal_under_sympy.__wrapped__
+    return rules
+
+
+def _prime(folder: Path) -> Verifier:
+    rules = _prime_rules(folder)
     return lambda response, gold: bool(rules.compute_score(response, gold)[0])
 
 
 def _deepscaler(folder: Path) -> Verifier:
     from or1_megatron.reward.math import extract_answer
 
-    prime: Any = _module(folder, "verl.utils.reward_score.prime_math")
+    prime = _prime_rules(folder)
     rules: Any = _module(folder, "verl.utils.reward_score.math_reward")
 
     def accepts(response: str, gold: str) -> bool:
@@ -108,6 +121,8 @@ def main(name: str, folder: Path) -> None:
     if NAMED[name].folder:
         sys.path.insert(0, str(folder))
     accepts = NAMED[name].load(folder)
+    libraries = [path for path in isolation.readable_paths() if path != os.getcwd()]
+    isolation.enter(isolation.landlock_rules(libraries), isolation.filter_of_any_process())
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         task = json.loads(line)

@@ -103,12 +103,13 @@ def _read(row: Any) -> CodeTests | None:
         pairs = list(zip(row["inputs"], row["outputs"], strict=True))
         if row.get("fn_name"):
             calls = tuple((_arguments(given), _expected(given, wanted)) for given, wanted in pairs)
-            return CodeTests(calls=calls, function=row["fn_name"], checker=checker)
+            return CodeTests(calls=calls, function=_name(row["fn_name"]), checker=checker)
         return CodeTests(runs=tuple((_text(given), _text(wanted)) for given, wanted in pairs), checker=checker)
     test = row.get("test") or row.get("test_code")
     if test and row.get("entry_point"):
         prelude = str(row.get("import_prefix") or row.get("prompt") or "")
-        return CodeTests(assertions=(str(test),), entry_point=row["entry_point"], prelude=prelude, checker=checker)
+        entry_point = _name(row["entry_point"])
+        return CodeTests(assertions=(str(test),), entry_point=entry_point, prelude=prelude, checker=checker)
     listed = row.get("test_list") or row.get("assert_case")
     if isinstance(listed, list):
         if checker:
@@ -129,7 +130,13 @@ def _cases(rows: list[dict[str, Any]]) -> CodeTests:
     if not function:
         raise UserError(f"tests of kind {', '.join(sorted(kinds))} name no function; add fn_name to each")
     calls = tuple((_arguments(row["input"]), _expected(row["input"], row["output"])) for row in rows)
-    return CodeTests(calls=calls, function=function)
+    return CodeTests(calls=calls, function=_name(function))
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a name is needed, not {value!r:.40}")
+    return value
 
 
 def _text(value: Any) -> str:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import itertools
 import json
 import os
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
-from or1_megatron.reward.session import Channel, Deadline, Ended, Namespace, Remote, Session
+from or1_megatron.reward.session import MAX_ITEMS, TEST_MODULES, Channel, Deadline, Ended, Namespace, Remote, Session
 
 TOLERANCE = 1e-6
 
@@ -38,13 +40,22 @@ def run_referee(payload: dict[str, Any], inbox: int, outbox: int, verdict_to: in
     except BrokenTests as error:
         verdict, detail = "broken_tests", str(error)
     except BaseException as error:  # AssertionError, whatever the solution raised, a malformed answer
-        verdict, detail = "wrong", f"{type(error).__name__}: {str(error)[:300]}"
+        at_fault = isinstance(error, ImportError) and _is_of_the_tests(error)
+        verdict, detail = "broken_tests" if at_fault else "wrong", f"{type(error).__name__}: {str(error)[:300]}"
     os.write(verdict_to, json.dumps([verdict, detail]).encode())
     os._exit(0)
 
 
 class BrokenTests(Exception):
-    """The problem is at fault: tests that do not compile or never call the solution."""
+    """The problem is at fault: tests that do not compile, fail before the solution is asked or never ask it."""
+
+
+def _is_of_the_tests(error: BaseException) -> bool:
+    """Whether a line of theirs raised it; the solution's errors come out of its session."""
+    place = error.__traceback__
+    while place and place.tb_next:
+        place = place.tb_next
+    return place is not None and place.tb_frame.f_code.co_filename in ("prelude.py", "tests.py", "checker.py")
 
 
 def _assertions(payload: dict[str, Any], session: Session) -> tuple[str, str]:
@@ -52,8 +63,8 @@ def _assertions(payload: dict[str, Any], session: Session) -> tuple[str, str]:
         prelude = {"__name__": "tests", "__builtins__": builtins}
         exec(compile(payload["prelude"], "prelude.py", "exec"), prelude)
         programs = [compile(test, "tests.py", "exec") for test in payload["tests"]]
-        overridden = _overridden("\n".join(payload["tests"]))
-    except (SyntaxError, ValueError) as error:
+        overridden = frozenset() if payload["entry_point"] else _overridden("\n".join(payload["tests"]))
+    except Exception as error:
         raise BrokenTests(f"{type(error).__name__}: {error}") from None
     checker = _checker(payload.get("checker"))
     if overridden:
@@ -120,10 +131,22 @@ class Judged:
 
 
 def _overridden(tests: str) -> frozenset[str]:
-    """The builtins that tests call when they call nothing else: one of them must be the function under test."""
-    calls = [node.func for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Call)]
-    names = {call.id if isinstance(call, ast.Name) else "." for call in calls}
-    return frozenset(names) if all(hasattr(builtins, name) for name in names) else frozenset()
+    """The builtins that tests call when they use nothing else that the solution could define: one of them must be the
+    function under test."""
+    nodes = list(ast.walk(ast.parse(tests)))
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
+    called = {call.id if isinstance(call, ast.Name) else "." for call in calls}
+    read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    unknown = {name for name in called | read - TEST_MODULES - _bound(nodes) if not hasattr(builtins, name)}
+    return frozenset() if unknown else frozenset(called)
+
+
+def _bound(nodes: list[ast.AST]) -> set[str]:
+    """Names that tests give a value themselves."""
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return names | {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
 
 
 def _calls(payload: dict[str, Any], session: Session) -> tuple[str, str]:
@@ -163,12 +186,18 @@ def _checker(source: str | None) -> Any:
         raise BrokenTests(f"the checker fails: {type(error).__name__}: {error}") from None
 
 
-def _plain(value: Any) -> Any:
-    """The value as JSON would carry it: tuples are lists, keys are text; what JSON cannot carry stays itself."""
+def _plain(value: Any, count: Iterator[int] | None = None) -> Any:
+    """The value as JSON would carry it: tuples are lists, keys are text; what JSON cannot carry stays itself.
+
+    Raises AssertionError beyond MAX_ITEMS: sixty lists that each hold the one before twice would have no end.
+    """
+    count = count or itertools.count()
+    if next(count) > MAX_ITEMS:
+        raise AssertionError(f"a value of more than {MAX_ITEMS} members")
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_plain(item, count) for item in value]
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): _plain(item, count) for key, item in value.items()}
     return value
 
 

@@ -29,12 +29,13 @@ from or1_megatron.reward import wire
 EXIT_MEMORY = 77  # a hint for the verdict; the tested code may forge it and gains nothing
 MAX_FRAME = 64 * 2**20
 MAX_ITEMS = 1_000_000
+_STOPS = (StopIteration, StopAsyncIteration)
 # Star imports that LiveCodeBench puts before every solution, and people's solutions rely on.
 _STARS = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io json "
     "typing"
 ).split()
-_TEST_MODULES = frozenset({*_STARS, "sys", "time", "cmath", "fractions", "decimal", "numbers", "itertools", "array"})
+TEST_MODULES = frozenset({*_STARS, "sys", "time", "cmath", "fractions", "decimal", "numbers", "itertools", "array"})
 
 
 def _preloaded_names() -> dict[str, Any]:
@@ -107,19 +108,19 @@ class Channel:
     def __init__(self, inbox: int, outbox: int):
         self._inbox, self._outbox = inbox, outbox
 
-    def send(self, message: Any) -> None:
-        """Raises Ended when nobody reads any more."""
+    def send(self, message: Any, deadline: float | None) -> None:
+        """Raises Deadline, or Ended when nobody reads any more."""
         data = json.dumps(message).encode()
         data = memoryview(struct.pack("<I", len(data)) + data)
         try:
             while data:
-                data = data[os.write(self._outbox, data) :]
+                _wait([], [self._outbox], deadline)
+                data = data[os.write(self._outbox, data[: select.PIPE_BUF]) :]  # so much never blocks now
         except OSError:
             raise Ended from None
 
-    def receive(self, timeout_s: float | None) -> Any:
+    def receive(self, deadline: float | None) -> Any:
         """Raises Deadline, Ended, or wire.Malformed."""
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         size = struct.unpack("<I", self._exactly(4, deadline))[0]
         if size > MAX_FRAME:
             raise wire.Malformed(f"a value of {size} bytes")
@@ -131,16 +132,18 @@ class Channel:
     def _exactly(self, size: int, deadline: float | None) -> bytes:
         parts = []
         while size:
-            if deadline is not None:
-                left = max(0.0, deadline - time.monotonic())
-                if not select.select([self._inbox], [], [], left)[0]:
-                    raise Deadline
+            _wait([self._inbox], [], deadline)
             part = os.read(self._inbox, min(size, 2**20))
             if not part:
                 raise Ended
             parts.append(part)
             size -= len(part)
         return b"".join(parts)
+
+
+def _wait(reading: list[int], writing: list[int], deadline: float | None) -> None:
+    if deadline and not any(select.select(reading, writing, [], max(0.0, deadline - time.monotonic()))):
+        raise Deadline
 
 
 class Ended(BaseException):
@@ -162,9 +165,7 @@ def run_tested(code: str, prelude: str, stage: Stage, inbox: int, outbox: int) -
         status = 0
     except MemoryError:
         status = EXIT_MEMORY
-    except BaseException:
-        status = 1
-    finally:
+    finally:  # whatever else was raised
         os._exit(status)
 
 
@@ -198,7 +199,7 @@ class _Tested:
                 raise
             except BaseException as error:
                 reply = {"error": [[kind.__name__ for kind in type(error).__mro__], str(error)[:500]]}
-            self._channel.send(reply)
+            self._channel.send(reply, None)
 
     def _answer(self, request: dict[str, Any], known: list[Any], classes: dict[str, type]) -> Any:
         operation, target = request["operation"], request["target"]
@@ -268,8 +269,9 @@ class Session:
         return self._ask({"operation": operation, "target": handle, "arguments": arguments, **more}, known)
 
     def _ask(self, request: dict[str, Any], known: list[Any]) -> Any:
-        self._channel.send(request)
-        reply = self._channel.receive(self._timeout_s)
+        deadline = time.monotonic() + self._timeout_s
+        self._channel.send(request, deadline)
+        reply = self._channel.receive(deadline)
         if not isinstance(reply, dict) or ("error" not in reply and "value" not in reply):
             raise wire.Malformed("neither a value nor an error")
         if "error" in reply:
@@ -278,12 +280,12 @@ class Session:
 
 
 def _exception(described: Any) -> Exception:
-    """The builtin exception nearest to the one that the solution raised."""
+    """The builtin exception nearest to the one that the solution raised; none that would end a loop of the tests."""
     try:
         names, text = described
         for name in names:
             kind = getattr(builtins, str(name), None)
-            if isinstance(kind, type) and issubclass(kind, Exception):
+            if isinstance(kind, type) and issubclass(kind, Exception) and not issubclass(kind, _STOPS):
                 return kind(f"{names[0]}: {text}")
         return RuntimeError(f"{names[0]}: {text}")
     except (TypeError, ValueError, IndexError):
@@ -321,7 +323,10 @@ class Remote:
         return self._session.ask("truth", self._handle) is True
 
     def __len__(self) -> int:
-        return self._session.ask("attribute", self._handle, name="__len__")()
+        try:
+            return self._session.ask("attribute", self._handle, name="__len__")()
+        except AttributeError as error:  # list() asks a generator too, and goes on after a TypeError only
+            raise TypeError(str(error)) from None
 
     def __getitem__(self, key: Any) -> Any:
         return self._session.ask("attribute", self._handle, name="__getitem__")(key)
@@ -338,6 +343,6 @@ class Namespace(dict):
     def __missing__(self, name: str) -> Any:
         if hasattr(builtins, name) and name not in self.overridden:
             raise KeyError(name)  # and Python looks there
-        if name in _TEST_MODULES:
+        if name in TEST_MODULES:
             return importlib.import_module(name)
         return self.session.ask("function", name)

@@ -3,16 +3,17 @@
     {"root": ref, "nodes": [node, ...]}       ref: a JSON scalar, or [index] into nodes
 
 A list, tuple, dict or object is a node, so shared and cyclic structure survives, and long linked lists do not nest.
-Only builtin containers, numbers, text and the classes that the receiver names are ever built. Anything else travels
-as a handle: a number under which its owner keeps it (see session.py). `known` are objects that both sides already
-hold, in the order of the nodes that first carried them: a reply refers to them by index and updates them in place,
-which is how a function that changes its argument is tested.
+Only builtin containers, numbers, text, dates and the classes that the receiver names are ever built. Anything else
+travels as a handle: a number under which its owner keeps it (see session.py). `known` are objects that both sides
+already hold, in the order of the nodes that first carried them: a reply refers to them by index and updates them in
+place, which is how a function that changes its argument is tested.
 """
 
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -25,6 +26,7 @@ _SEQUENCES: dict[type, str] = {
 _BUILD: dict[str, Callable[[Any], Any]] = {"tuple": tuple, "frozenset": frozenset}
 _TYPES = (int, float, str, bool, bytes, complex, list, tuple, set, frozenset, dict, type(None))
 _TYPES_BY_NAME = {item.__name__: item for item in _TYPES}
+_DATES: dict[str, Any] = {item.__name__: item for item in (date, datetime, time)}
 _SHELLS: dict[str, Callable[[], Any]] = {
     "list": list, "set": set, "deque": deque, "dict": dict, "Counter": Counter, "OrderedDict": OrderedDict,
 }  # fmt: skip
@@ -79,6 +81,10 @@ def _node(value: Any, ref: Callable[[Any], Any], classes: dict[str, type], handl
         return ["complex", [value.real, value.imag]]
     if isinstance(value, Fraction | Decimal):
         return [type(value).__name__, str(value)]
+    if kind in _DATES.values():
+        return [kind.__name__, value.isoformat()]
+    if kind is timedelta:
+        return ["timedelta", [value.days, value.seconds, value.microseconds]]
     if isinstance(value, range):
         return ["range", [hex(value.start), hex(value.stop), hex(value.step)]]
     if isinstance(value, tuple | list | set | frozenset | dict):  # a namedtuple, say: its plain form
@@ -153,6 +159,10 @@ class _Decoder:
             value = Fraction(content)
         elif kind == "Decimal":
             value = Decimal(content)
+        elif kind in _DATES:
+            value = _DATES[kind].fromisoformat(content)
+        elif kind == "timedelta":
+            value = timedelta(*content)
         elif kind == "range":
             value = range(*(int(item, 16) for item in content))
         elif kind == "type":

@@ -38,6 +38,7 @@ def main(control: socket.socket, settings: dict[str, Any]) -> None:
     """The template's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C goes to the whole group; the parent decides
     isolation.die_with_parent()
+    isolation.untraceable()  # a worker holds tests, and not every kernel keeps tested code from its memory
     isolation.adopt_orphans()
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     math.warm_up()

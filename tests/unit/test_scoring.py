@@ -88,6 +88,22 @@ def test_rescoring_finds_what_changed(tmp_path: Path, capsys: pytest.CaptureFixt
     )
 
 
+@pytest.mark.parametrize(
+    ("out", "words"), [("r.parquet", "exists; choose another"), ("r.parquet/x", "its folder cannot be made")]
+)
+def test_rescoring_refuses_a_place_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, words: str):
+    write_responses(tmp_path / "r.parquet", [group("a", ["</think>\\boxed{2}"], ["correct"])])
+    monkeypatch.setattr("or1_megatron.scoring.score_rows", None)
+    with pytest.raises(UserError, match=f"--out .*{words}"):
+        rescore(tmp_path / "r.parquet", RewardConfig(num_workers=1), tmp_path / out)
+
+
+def test_rescoring_makes_the_folder(tmp_path: Path):
+    write_responses(tmp_path / "r.parquet", [group("a", ["</think>\\boxed{2}"], ["correct"])])
+    rescore(tmp_path / "r.parquet", RewardConfig(num_workers=1), tmp_path / "new" / "r.parquet")
+    assert parquet.read_table(tmp_path / "new" / "r.parquet")["verdict"].to_pylist() == ["correct"]
+
+
 def test_a_problem_that_a_step_dealt_twice(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Counts as two groups, as in the run."""
     right, wrong = "</think>\\boxed{2}", "</think>\\boxed{3}"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
 import pytest
 
 from or1_megatron import cli, verify
+from or1_megatron.reward import isolation
 from or1_megatron.reward.named import NAMED
 from or1_megatron.reward.problem import Task
 from or1_megatron.verify import Column, Killable, Row
@@ -58,6 +61,14 @@ def test_parquet_is_read_like_lines(tmp_path: Path) -> None:
         ("c.jsonl", '{"response": "x"}', " line 1: `ground_truth` is None"),
         ("d.jsonl", '{"response": "x", "ground_truth": {}}', " line 1: `ground_truth` is {}"),
         ("e.parquet", "x", "e.parquet cannot be read: "),
+        ("f.jsonl", '{"response": "x", "ground_truth": "1", "correct": "false"}', "`correct` is 'false'; it must be "),
+        ("g.jsonl", '{"response": "x", "ground_truth": "1", "difficulty": [1]}', "`difficulty` is [1]; it must be "),
+        (
+            "h.jsonl",
+            '{"response": "x", "ground_truth": "1", "difficulty": 1}\n'
+            '{"response": "x", "ground_truth": "1", "difficulty": "hard"}',
+            "`difficulty` is a number in some rows and text in others",
+        ),
     ],
 )
 def test_bad_files(
@@ -67,6 +78,65 @@ def test_bad_files(
         (tmp_path / name).write_text(content)
     assert cli.main(["verify", str(tmp_path / name)]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "place", "words"),
+    [
+        ("--out", "folder", "--out {} is a folder; give a file"),
+        ("--out", "file/x", "--out {}: its folder cannot be made"),
+        ("--plot", "folder", "--plot {}: use .png, .svg or .pdf"),
+        ("--plot", "folder.png", "--plot {} is a folder; give a file"),
+        ("--plot", "file/x.png", "--plot {}: its folder cannot be made"),
+        ("--plot", "x.foo", "--plot {}: use .png, .svg or .pdf"),
+    ],
+)
+def test_places_are_refused_before_anything_is_scored(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    option: str,
+    place: str,
+    words: str,
+) -> None:
+    monkeypatch.setattr(verify, "RewardService", None)
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "file").touch()
+    for folder in ("folder", "folder.png"):
+        (tmp_path / folder).mkdir()
+    before = sorted(tmp_path.iterdir())
+    compare = ["--compare"] if option == "--plot" else []
+    assert cli.main(["verify", file, option, str(tmp_path / place), *compare]) == 2
+    assert words.format(tmp_path / place) in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    assert cli.main(["verify", file, "--out", str(tmp_path / "a" / "b" / "out.jsonl"), "--workers", "1"]) == 0
+    plot = tmp_path / "c" / "plot.svg"
+    words = ["verify", file, "--compare", "--peers", str(tmp_path / "none"), "--workers", "1", "--plot", str(plot)]
+    assert cli.main(words) == 0
+    assert plot.stat().st_size > 5000
+
+
+def test_other_verifiers_get_no_reasoning(tmp_path: Path) -> None:
+    rows = [{"response": "\\boxed{8}", "ground_truth": "8", "prompt": prompt} for prompt in ("<think>", "8 = ?")]
+    found = verify.read_rows(Path(write(tmp_path / "rows.jsonl", rows)))
+    assert [verify._answer_part(row) for row in found] == ["", "\\boxed{8}"]
+
+
+def test_half_a_character_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A surrogate on its own, as a tokenizer that is cut leaves it."""
+    file = write(
+        tmp_path / "rows.jsonl",
+        [
+            {"response": "\ud83d \\boxed{0.333}", "ground_truth": "\\frac{1}{3}"},
+            {"response": "\ud83d \\boxed{1\\text{ m}}", "ground_truth": "1\\text{ km}"},
+        ],
+    )
+    assert cli.main(["verify", file, "--compare", "--peers", str(tmp_path / "none"), "--workers", "1"]) == 0
+    assert "answer \\ud83d \\boxed{1" in capsys.readouterr().out
 
 
 def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
@@ -104,6 +174,37 @@ def test_comparison_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureF
     rows = {line.split()[0]: line.split() for line in text.splitlines() if "+" in line}
     assert rows["or1"][1:4] == ["0", "0", "0"] and rows["Math-Verify"][2:5] == ["1", "0", "0"]
     assert plot.stat().st_size > 5000
+
+
+EVAL = """
+import sys
+from pathlib import Path
+from or1_megatron.reward import named
+
+named.NAMED["eval"] = named.Named(lambda folder: lambda response, gold: bool(eval(response)))
+named.main("eval", Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(not isolation.landlock_version(), reason="the kernel has no landlock")
+@pytest.mark.parametrize(
+    "attack",
+    ["open('SECRET').read()", "open('NEW', 'w')", "__import__('os').fork() + 1", "__import__('socket').socket()"],
+)
+def test_a_verifier_that_evaluates_answers_reaches_nothing(tmp_path: Path, attack: str) -> None:
+    (tmp_path / "secret").write_text("sings")
+    attack = attack.replace("SECRET", str(tmp_path / "secret")).replace("NEW", str(tmp_path / "new"))
+    tasks = [
+        {"response": response, "ground_truth": ["1"]} for response in ("__import__('fractions').Fraction(1)", attack)
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", EVAL, str(tmp_path)], input="\n".join(map(json.dumps, tasks)),
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert answers[:2] == [{"ready": True}, {"correct": True}], done.stderr
+    assert not any("correct" in answer for answer in answers[2:])  # an error, or killed
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_stuck_verifier_is_killed_and_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,6 +130,11 @@ OTHERS = {
         "import os, resource\nresource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))\nprint('breached')"
     ),
     "raise own limits": ("import resource\nresource.setrlimit(resource.RLIMIT_AS, (-1, -1))\nprint('breached')"),
+    # Killed by the kernel at a limit of its own, it would look like a machine short of memory.
+    "own CPU limit": "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (1, 1))\nprint('breached')",
+    "own CPU limit by number": (
+        _C + "if libc.syscall(160 if x86 else 164, 0, (1).to_bytes(8, 'little') * 2) == 0: print('breached')"
+    ),
     "priority of the parent": "import os\nos.setpriority(os.PRIO_PROCESS, os.getppid(), 19)\nprint('breached')",
     "trace the parent": _C + "if libc.ptrace(16, os.getppid(), 0, 0) == 0: print('breached')",
     "write the parent's memory": _C + "if libc.process_vm_writev(os.getppid(), 0, 0, 0, 0, 0) >= 0: print('breached')",

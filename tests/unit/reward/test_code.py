@@ -71,6 +71,10 @@ def test_last_block_counts(text: str, code: str | None) -> None:
         ("1.0", "nan", False),
         ("1  2", "1 2", True),
         ("a  b", "a b", False),
+        ("5", "1" * 400 + ".5", False),
+        ("1" * 400 + ".4", "1" * 400 + ".5", True),
+        ("1e9999999", "1.5", False),
+        ("1.500001", "1.5", True),
     ],
 )
 def test_outputs_compare_as_in_livecodebench(output: str, expected: str, equal: bool) -> None:
@@ -110,6 +114,11 @@ TWO = {
     "test": "def check(candidate):\n    assert candidate([1, 2, 3], t=4) == [0, 2]", "entry_point": "two",
     "checker": ANY_PAIR["checker"],
 }  # fmt: skip
+DAYS = {
+    "test_setup_code": "import datetime",
+    "test_list": ["assert f(datetime.date(2024, 2, 29)) == datetime.date(2024, 3, 1)"],
+}
+NO_CHECK = {"test": "def check(f):\n    assert f(1) == 1", "entry_point": "f"}
 LIAR = (
     "class Liar:\n    def __iter__(self): return iter([0, 0, 0, 0])\n    def __len__(self): return 2\n"
     "    def __getitem__(self, i): return i\ndef two(a, t): return Liar()"
@@ -123,6 +132,11 @@ VERDICTS = [
     ("program that exits", "print(2 * int(input()))\nexit()", DOUBLE, "correct"),
     ("program with its own output", "import io\nsys.stdout = io.StringIO()\nprint(2 * int(input()))\n"
      "sys.__stdout__.write(sys.stdout.getvalue())", DOUBLE, "correct"),
+    ("program by fileinput", "import fileinput\nprint(2 * int(next(fileinput.input())))", DOUBLE, "correct"),
+    ("program that looks for arguments", "if len(sys.argv) > 1: sys.exit(sys.argv[1])\nprint(2 * int(input()))",
+     DOUBLE, "correct"),
+    ("program that looks for more", "if len(sys.orig_argv) > 1: sys.exit(1)\nprint(2 * int(input()))", DOUBLE,
+     "correct"),
     ("not a number at all", "print('sNaN')", DOUBLE, "wrong"),
     ("program with thread", "from threading import *\nThread(target=lambda: print(2 * int(input()))).start()", DOUBLE,
      "correct"),
@@ -148,6 +162,8 @@ VERDICTS = [
     ("call of no function", "add = 3", CALLED, "wrong"),
     ("call, error", "def add(a, b): raise ValueError", CALLED, "wrong"),
     ("call, prints", "def add(a, b):\n    print('x' * 10**6)\n    return a + b", CALLED, "correct"),
+    ("call, the same list again and again", "def add(a, b):\n    for _ in range(60): a = [a, a]\n    return a", CALLED,
+     "wrong"),
     ("lines of JSON", "class Solution:\n    def shift(self, a, k): return [x + k for x in a]", LCB, "correct"),
     ("lines of JSON, wrong", "class Solution:\n    def shift(self, a, k): return a", LCB, "wrong"),
     ("linked list", TURN, LEET, "correct"),
@@ -159,6 +175,22 @@ VERDICTS = [
     ("assertions, one fails", "def f(x): return 2", {"test_list": ["assert f(1) == 2", "assert f(2) == 3"]}, "wrong"),
     ("named as a builtin", "def sum(a, b): return a + b", {"test_list": ["assert sum(10, 15) == 25"]}, "correct"),
     ("own sorted", "def sorted(x): return [1]\ndef f(): pass", {"test_list": ["assert sorted(f()) == [1]"]}, "wrong"),
+    ("handed to a builtin", "def f(x): return 2 * x", {"test_list": ["assert list(map(f, [1, 2])) == [2, 4]"]},
+     "correct"),
+    ("handed to a builtin, wrong", "def f(x): return x", {"test_list": ["assert list(map(f, [1, 2])) == [2, 4]"]},
+     "wrong"),
+    ("entry point handed to a builtin", "def f(x): return -x",
+     {"test": "def check(c):\n    assert sorted([1, 2], key=c) == [2, 1]", "entry_point": "f"}, "correct"),
+    ("named as a builtin, in a loop", "def sum(a, b): return a + b",
+     {"test_list": ["for i, j in zip([1], [2]): assert sum(i, j) == 3"]}, "correct"),
+    ("a generator", "def f(n): yield from range(n)", {"test_list": ["assert list(f(3)) == [0, 1, 2]"]}, "correct"),
+    ("a generator, wrong", "def f(n): yield from range(n)", {"test_list": ["assert list(f(3)) == [0, 1]"]}, "wrong"),
+    ("a map", "def f(n): return map(str, range(n))", {"test_list": ["assert sorted(f(2)) == ['0', '1']"]}, "correct"),
+    ("a date", "def f(day): return day + timedelta(1)", DAYS, "correct"),
+    ("a date, wrong", "def f(day): return day + timedelta(2)", DAYS, "wrong"),
+    ("a date, as text", "def f(day): return '2024-03-01'", DAYS, "wrong"),
+    ("stops the tests' iteration", "def f(x): raise StopIteration",
+     {"test_list": ["assert all(g == w for g, w in zip(map(f, [1, 2]), [math.floor(5), 6]))"]}, "wrong"),
     ("a type", "def f(a, t): return [x for x in a if type(x) is t]", {"test_list": ["assert f([1, ''], str) == ['']"]},
      "correct"),
     ("its own class", "class N:\n    def __init__(self, v): self.v, self.n = v, None\ndef f(x): return x.n.v",
@@ -184,6 +216,15 @@ VERDICTS = [
      "entry_point": "f", "checker": "def check(given, output, expected): return True"}, "infrastructure_error"),
     ("tests never call", "def f(x): return 1", {"test_list": ["assert True"]}, "infrastructure_error"),
     ("tests do not compile", "def f(x): return 1", {"test_list": ["assert f(1"]}, "infrastructure_error"),
+    ("prelude imports nothing", "def f(x): return 1", {**NO_CHECK, "prompt": "from nothing_of_the_kind import x"},
+     "infrastructure_error"),
+    ("prelude fails", "def f(x): return 1", {**NO_CHECK, "prompt": "x = nothing_of_the_kind"}, "infrastructure_error"),
+    ("tests import nothing", "def f(x): return 1", {"test_list": ["import nothing_of_the_kind", "assert f(1) == 1"]},
+     "infrastructure_error"),
+    ("check imports nothing", "def f(x): return 1", {**NO_CHECK, "test": "def check(f):\n    import nothing\n    f(1)"},
+     "infrastructure_error"),
+    ("solution imports nothing", "def f(x): import nothing_of_the_kind", {"test_list": ["assert f(1) == 1"]}, "wrong"),
+    ("solution imports nothing at once", "import nothing_of_the_kind", {"test_list": ["assert f(1) == 1"]}, "wrong"),
     ("checker fails", "print(2)", {**ANY_ROOT, "checker": "import nothing_of_the_kind"}, "infrastructure_error"),
 ]  # fmt: skip
 
@@ -219,6 +260,13 @@ def test_same_order_of_a_set_every_time(service: RewardService) -> None:
         ('{"inputs": [1], "outputs": [1], "fn_name": "f"}', "x", "cannot be read .'int' object is not iterable"),
         ('{"inputs": 1, "outputs": 1}', "x", "cannot be read .object of type 'int'"),
         ('[{"input": "1", "output": "1", "testtype": "functional", "metadata": "f"}]', "x", "cannot be read"),
+        (
+            '[{"input": "1", "output": "1", "testtype": "functional", "fn_name": 1}]',
+            "x",
+            "a name is needed, not 1",
+        ),
+        ('{"test": "assert f()", "entry_point": ["f"]}', "x", r"cannot be read .a name is needed, not .'f'."),
+        ('{"inputs": [[1]], "outputs": [1], "fn_name": ["f"]}', "x", r"cannot be read .a name is needed, not .'f'."),
     ],
 )
 def test_tests_that_cannot_be_used(truth: str, source: str, words: str) -> None:
@@ -234,6 +282,16 @@ def test_a_builtin_class_is_a_solution(service: RewardService) -> None:
     ):
         assert check(service, "f = tuple", tests).name == "correct"
         assert check(service, "f = list", tests).name == "wrong"
+
+
+def test_the_limit_of_a_test_holds_while_it_asks(service: RewardService) -> None:
+    """The solution answers before it is asked and then reads nothing."""
+    code = (
+        'import os, struct, time\nm = b\'{"value": {"root": [0], "nodes": [["handle", 0]]}}\'\n'
+        "os.write(4, struct.pack('<I', len(m)) + m)\ntime.sleep(1000)"
+    )
+    found = check(service, code, {"test_list": ["assert f('x' * 10**6) == 1"]})
+    assert found.name == "timeout" and "call 1 took longer than 1.0 s" in found.detail, found
 
 
 def test_math_is_not_code() -> None:

@@ -23,6 +23,12 @@ from or1_megatron.reward.contradictions import contradicts, decimals
         ("x=1, y=2", "2, 1"),
         ("\\{1,2\\}", "\\left( 1, 2 \\right)"),
         ("1, 2", "[1, 2]"),
+        ("DCAB", "ABCD"),
+        ("23", "17 \\vee 23"),
+        ("23", "17 \\\\[2pt] 23"),
+        ("x \\le 1 \\text{ and } x \\ge 0", "x \\le 1 \\text{ or } x \\ge 0"),
+        ("23", "23\\text{ billion}"),
+        ("23\\text{ million dollars}", "23\\text{ billion dollars}"),
     ],
 )
 def test_contradicts(gold: str, answer: str) -> None:
@@ -53,6 +59,14 @@ def test_contradicts(gold: str, answer: str) -> None:
         ("\\{1,2\\}", "1,2"),
         ("(1,2),(3,4)", "\\{(1,2),(3,4)\\}"),
         ("1,000", "[1,000]"),
+        ("ACB", "BCA"),
+        ("abcd", "dcba"),
+        ("1/2", "\\\\frac{1}{2}"),
+        ("23", "20+3 \\\\ &= 23"),
+        ("(1,2)", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
+        ("x=1 \\text{ or } x=2", "x=1 \\text{ and } x=2"),
+        ("5\\text{ millions}", "5 million euros"),
+        ("\\frac{1}{1000}", "1\\text{ thousandth}"),
         ("", ""),
     ],
 )
@@ -61,18 +75,23 @@ def test_keeps_silent(gold: str, answer: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gold", "answer", "expected"),
+    ("gold", "value", "answer", "expected"),
     [
-        ("\\frac{1}{7}", "0.142857", 12),
-        ("10000\\sqrt{2}", "14142.135623730951", 7),
-        ("3", "3.0000001", 11),
-        ("10^9", "1000000000.5", 6),
-        ("0.142857", "\\frac{1}{7}", 6),
-        ("0.00000012", "1.2 \\cdot 10^{-7}", 8),
+        ("\\frac{1}{7}", 1 / 7, "0.142857", 12),
+        ("10000\\sqrt{2}", 14142.135623730951, "14142.135623730951", 7),
+        ("3", 3.0, "3.0000001", 11),
+        ("10^9", 1e9, "1000000000.5", 6),
+        ("2^{-45}", 2.0**-45, "0.0", 25),
+        ("-\\frac{1}{7000}", -1 / 7000, "0.000142857", 15),
+        ("0", 0.0, "0.0", 12),
+        ("(1,\\sqrt{2})", None, "(1,1.41421356237)", 11),
+        ("0.142857", 0.142857, "\\frac{1}{7}", 6),
+        ("0.00000012", 1.2e-7, "1.2 \\cdot 10^{-7}", 8),
+        ("1.25 \\times 10^{-7}", 1.25e-7, "0.000000", 9),
     ],
 )
-def test_decimals_that_have_to_agree(gold: str, answer: str, expected: int) -> None:
-    assert decimals(gold, answer) == expected
+def test_decimals_that_have_to_agree(gold: str, value: float | None, answer: str, expected: int) -> None:
+    assert decimals(gold, answer, value) == expected
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,34 @@ tests, limits = CodeTests(runs=(("", "yes"),)), code.Limits(2.0, 4.0)
 print(*(code.score(f"```python\\n{program}\\n```", tests, sandbox, limits)[0] for program in programs))
 """
 
+# Without landlock any file of the same user opens, unless the kernel says that its owner is nobody's equal.
+SNOOP = """
+import os, socket, sys
+from or1_megatron.reward import code, sandbox, worker
+from or1_megatron.reward.problem import CodeTests
 
-def probe_as(*command: str, level: str = "full") -> list[str]:
+serve = "forkserver.serve"
+sandbox._BOOT = sandbox._BOOT.replace(serve, "forkserver.isolation.landlock_version = int; " + serve)
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+verifier = os.fork()
+if not verifier:
+    ours.close()
+    worker.math.warm_up = int
+    worker.main(theirs, {})
+ours.recv(100)
+here = sandbox.Sandbox(512)
+files = ["'/etc/hostname'", "f'/proc/{os.getppid()}/mem'", f"'/proc/{verifier}/mem'"]
+programs = [f"import os\\nopen({file}, 'rb')\\nprint('yes')" for file in files]
+tests, limits = CodeTests(runs=(("", "yes"),)), code.Limits(2.0, 4.0)
+print(os.getuid(), here.level)
+print(*(code.score(f"```python\\n{program}\\n```", tests, here, limits)[0] for program in programs))
+"""
+
+
+def probe_as(*command: str, level: str = "full", probe: str = PROBE) -> list[str]:
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(
-        [*command, "-c", PROBE, level],
+        [*command, "-c", probe, level],
         env=environment,
         cwd="/",
         capture_output=True,
@@ -50,6 +73,15 @@ def probe_as(*command: str, level: str = "full") -> list[str]:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
+
+
+def ordinary_python() -> list[str]:
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all"]
+    # The interpreter of a virtual environment may lie where only its owner can go; the sandbox needs no package.
+    pythons = [path for path in (sys.executable, "/usr/bin/python3") if usable([*command, path])]
+    if not pythons:
+        pytest.skip("an ordinary user can run no Python 3.11 here, or not read this repository")
+    return [*command, pythons[0]]
 
 
 def has_landlock() -> bool:
@@ -83,14 +115,17 @@ def test_full_isolation_as_this_user() -> None:
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become somebody else")
 @pytest.mark.skipif(not has_landlock(), reason="the kernel has no landlock")
 def test_full_isolation_as_an_ordinary_user() -> None:
-    command = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--inh-caps=-all")
-    # The interpreter of a virtual environment may lie where only its owner can go; the sandbox needs no package.
-    pythons = [path for path in (sys.executable, "/usr/bin/python3") if usable([*command, path])]
-    if not pythons:
-        pytest.skip("an ordinary user can run no Python 3.11 here, or not read this repository")
-    found = probe_as(*command, pythons[0])
+    found = probe_as(*ordinary_python())
     assert found[0].startswith("65534 full landlock ")
     assert found[1] == CONTAINED
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("setpriv"), reason="needs root, to become somebody else")
+def test_without_landlock_the_memory_that_holds_tests_stays_closed() -> None:
+    found = probe_as(*ordinary_python(), probe=SNOOP)
+    if found[0] != "65534 partial":
+        pytest.skip("the kernel has no seccomp")
+    assert found[1] == "correct wrong wrong"
 
 
 def test_less_than_required_is_refused() -> None:
@@ -139,11 +174,14 @@ def test_a_dead_fork_server_is_reported() -> None:
         sandbox.start("program", [0], 1)
 
 
+CPU_AND_STACK = (0, 3)  # of setrlimit, on every machine
+
+
 def ruling(program: bytes, call: int, *arguments: int) -> int:
     """What the kernel would find by this filter."""
     words = dict(enumerate((call, isolation._AUDIT_ARCH[platform.machine()], 0, 0)))
     for place, argument in enumerate((*arguments, *[0] * (6 - len(arguments)))):
-        words[4 + 2 * place] = argument
+        words[4 + 2 * place], words[5 + 2 * place] = argument & 0xFFFFFFFF, argument >> 32
     place, held = 0, 0
     while True:
         code, if_true, if_false, value = struct.unpack_from("HBBI", program, 8 * place)
@@ -174,6 +212,10 @@ def test_filter_rules_every_call_as_listed(machine: str, monkeypatch: pytest.Mon
     tgkill, prlimit, openat = isolation._TGKILL[machine], isolation._PRLIMIT[machine], isolation._OPENAT[machine]
     assert [ruling(program, tgkill, *who) for who in ((1234, 1, 6), (1235, 1, 6), (1234, 1, 9))] == [may, death, death]
     assert [ruling(program, prlimit, who) for who in (0, 1234, 1)] == [may, may, death]
+    never = refused | isolation._EPERM
+    for new, verdict in ((0, may), (1, never), (1 << 32, never)):
+        assert [ruling(program, prlimit, 0, limit, new) for limit in CPU_AND_STACK] == [verdict, may]
+    assert [ruling(program, isolation._SETRLIMIT[machine], limit, 1) for limit in CPU_AND_STACK] == [never, may]
     assert [ruling(program, openat, 3, 0, how) for how in (os.O_RDONLY, os.O_RDWR)] == [
         may,
         refused | isolation._EACCES,

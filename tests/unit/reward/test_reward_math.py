@@ -32,6 +32,7 @@ VERDICTS = [
     ("\\boxed{2}. The final answer is: $1$", "1", "wrong"),
     ("\\boxed{x \\in \\{1, 2\\}}", "\\{1,2\\}", "correct"),
     ("\\boxed {7}", "7", "correct"),
+    ("\\boxed{1_{" + "9" * 4400 + "}}", "7", "wrong"),
 ]
 
 
