@@ -83,8 +83,8 @@ GPU_SOURCE := $(if $(OFFLINE),--isolated --no-index --find-links $(WHEELS))
 gpu-check: $(GPU_STAMP)
 	@.venv-gpu/bin/python -m benchmarks.gpu.check $(GPU_ARGS)
 
-# The packages of an interpreter that lives in an environment itself are no system packages; pip is one of them, since
-# not every system can give an environment a pip of its own.
+# The packages of an interpreter that lives in an environment itself are no system packages. pip is one of them where the
+# system cannot give an environment a pip of its own.
 ADD_SITES := import sysconfig; print(*{f"import site; site.addsitedir({sysconfig.get_path(p)!r})" for p in ("purelib", "platlib")}, sep="\n")
 
 # On top of the interpreter's own torch, which knows its GPU; what else it has already is taken as it is.
@@ -92,12 +92,15 @@ $(GPU_STAMP): $(GPU_NEEDS) $(GPU_PEERS)
 	@$(PYTHON) -c 'import torch, triton, transformers' || { \
 	  echo "gpu-check runs on the torch, triton and transformers of $(PYTHON): install them, or name another: make gpu-check PYTHON=..."; exit 2; }
 	@echo "what the interpreter lacks of $(GPU_NEEDS), into .venv-gpu$(if $(OFFLINE), from $(WHEELS))"
-	@$(PYTHON) -m venv --system-site-packages --without-pip .venv-gpu
+	@$(PYTHON) -m venv --system-site-packages .venv-gpu >/dev/null || $(PYTHON) -m venv --system-site-packages --without-pip .venv-gpu
 	@$(PYTHON) -c '$(ADD_SITES)' > "$$(.venv-gpu/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	@.venv-gpu/bin/python -m pip --disable-pip-version-check install -qq --no-deps $(GPU_SOURCE) -r $(GPU_NEEDS) || { \
 	  $(if $(OFFLINE),echo "a wheel is missing in $(WHEELS); where there is a network: make gpu-wheels WHEELS=$(WHEELS) PYTHON=python3.NN";) exit 2; }
-	@.venv-gpu/bin/python -m pip --disable-pip-version-check install -qq --no-deps $(GPU_SOURCE) -r $(GPU_PEERS) \
-	  --target .venv-gpu/peers || echo "gpu-check goes without the peers of $(GPU_PEERS)"
+	@rm -rf .venv-gpu/peers
+	@for peer in $$(grep -v '^#' $(GPU_PEERS)); do \
+	  .venv-gpu/bin/python -m pip --disable-pip-version-check install -qq --no-deps $(GPU_SOURCE) "$$peer" \
+	    --target .venv-gpu/peers || echo "gpu-check goes without $$peer"; \
+	done
 	@touch $@
 
 gpu-wheels:

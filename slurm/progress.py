@@ -82,11 +82,11 @@ class Watch:
     def time_is_short(self) -> bool:
         """Whether another step, a save and a minute no longer fit before the end.
 
-        By the longest of the last 20 steps and the longest of all saves, of which there may be few.
+        By the longest of the last 20 steps and the longest save of the last 100, in which there may be few.
         """
         if time.time() - self._asked > 5:
             self._asked = time.time()
-            rows = metrics(self.run)
+            rows = metrics(self.run)[-100:]
             self._step_s = max((row["seconds/step"] for row in rows[-20:]), default=0.0)
             self._save_s = max((row.get("seconds/save", 0.0) for row in rows), default=0.0)
         return bool(self._step_s) and time.time() > self._end - self._step_s - self._save_s - SPARE_S

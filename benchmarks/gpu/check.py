@@ -200,12 +200,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--only", nargs="+", choices=tuple(SECONDS), metavar="NAME", help=", ".join(SECONDS))
     options = parser.parse_args(arguments)
+    from benchmarks.harness import machine
     from or1_megatron.parallel.device import has_cuda
 
     if options.device == "cuda" and not has_cuda():
         print("gpu-check: torch sees no CUDA device here, nothing was run; see nvidia-smi", file=sys.stderr)
         return 2
     before = json.loads(options.out.read_text()) if options.only and options.out.exists() else {}
+    here = {"device": options.device, "tiny": options.tiny, "machine": machine()}
+    if any(before.get(key) != value for key, value in here.items()):
+        before = {}  # of another machine, or of sizes that mean nothing
     chosen = [name for name in SECONDS if not options.only or name in options.only]
     if "ceilings" not in before.get("sections", {}).get("ceilings", {}) and "ceilings" not in chosen:
         chosen = ["ceilings", *chosen]

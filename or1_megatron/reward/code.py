@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from decimal import Decimal, DecimalException
 from typing import Any
 
-from or1_megatron.reward.problem import CodeTests
+from or1_megatron.reward.problem import BROKEN_TESTS, CodeTests
 from or1_megatron.reward.referee import TOLERANCE
 from or1_megatron.reward.sandbox import Ending, Sandbox, memory_file
 from or1_megatron.reward.session import EXIT_MEMORY
@@ -163,7 +163,7 @@ def _referee(
         raise Interrupted(f"the process that holds the tests ended without a verdict: {ending}")
     verdict, detail = json.loads(said)
     if verdict == "broken_tests":
-        raise Interrupted(f"the tests of this problem are at fault: {detail}")
+        return ("infrastructure_error", f"{BROKEN_TESTS}: {detail}"), False
     return (verdict, detail), False
 
 

@@ -24,11 +24,17 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _LETTERS = re.compile(r"[A-Za-z](?:,[A-Za-z])*")
 _SCALED = re.compile(r"\.(\d+) ?(?:\\times|\\cdot|×) ?10\^\{?-(\d{1,3})(?!\d)")
 _ORDER = re.compile(r"[A-Z]{4,}")  # ABC may be an angle, ab a product
-_SCALE = re.compile(r"(?<![A-Za-z])(thousand|(?:m|b|tr)illion)s?(?![A-Za-z])", re.IGNORECASE)
+_SCALE = re.compile(
+    r"\d[}$]*(?:\\[,;:! ]|\\(?:text|mathrm|mbox)\{|[~\s])*(thousand|(?:m|b|tr)illion)s?(?![A-Za-z])", re.IGNORECASE
+)
+_ASIDE = re.compile(r"\([^()]*\)")
 _CONNECTIVE = re.compile(r"(?<![A-Za-z])(?:and|or)(?![A-Za-z])")
 _MATRIX = re.compile(r"\\begin\{(\w*matrix|array)\}.*?\\end\{\1\}", re.DOTALL)
-# A row that begins with = goes on with the one before; \\frac is \frac in an answer that was escaped once too often.
-_ROW = re.compile(r"\\(?:lor|vee)(?![A-Za-z])|\\\\(?![A-Za-z]{2}|\s*&?\s*(?:=|$))")
+_ALTERNATIVE = re.compile(r"\\(?:lor|vee)(?![A-Za-z])")
+# \\frac is \frac in an answer that was escaped once too often.
+_ROW_END = re.compile(r"\\\\(?![A-Za-z]{2})(?:\[[^]]*\])?")
+_ROW_LOOKS = re.compile(r"\\(?:begin|end)\{[^}]*\}|\\q?quad(?![A-Za-z])|&")
+_UNEQUAL = re.compile(r"\\neq?(?![A-Za-z])|\\not\s*=|≠")
 
 
 def contradicts(gold: str, answer: str) -> bool:
@@ -36,7 +42,7 @@ def contradicts(gold: str, answer: str) -> bool:
     if (
         _units_differ(gold, answer)
         or _is_cut_short(gold, answer)
-        or _has_more_rows(gold, answer)
+        or _has_rivals(gold, answer)
         or _connectives_differ(gold, answer)
         or _scales(gold) != _scales(answer)
     ):
@@ -83,19 +89,29 @@ def _is_cut_short(gold: str, answer: str) -> bool:
     return bool(_CUT.search(answer)) and not _DECIMAL.search(answer) and not _DOTS.search(gold)
 
 
-def _has_more_rows(gold: str, answer: str) -> bool:
-    """`x=17 \\lor x=23` or the same in two rows for 23, of which Math-Verify takes the last."""
-    return bool(_ROW.search(_MATRIX.sub("", answer))) and not _ROW.search(gold)
+def _has_rivals(gold: str, answer: str) -> bool:
+    """`x=17 \\lor x=23`, or two rows with other numbers for x, for 23: Math-Verify takes the last."""
+    if _ALTERNATIVE.search(answer) and not _ALTERNATIVE.search(gold):
+        return True
+    if _ROW_END.search(gold):
+        return False
+    numbers: dict[str, set[str]] = {}
+    for row in _ROW_END.split(_MATRIX.sub("", answer)):
+        name, equals, value = _LOOKS.sub("", _ROW_LOOKS.sub("", row)).rpartition("=")
+        if _NUMBER.fullmatch(value) and (name or not equals):  # what begins with = goes on with the row before
+            numbers.setdefault(name, set()).add(value)
+    return any(len(values) > 1 for values in numbers.values())
 
 
 def _connectives_differ(gold: str, answer: str) -> bool:
     """`x<1` or `x>2` for both; of equations people say `and` where they mean `or`."""
-    words = [set(_CONNECTIVE.findall(text)) for text in (gold, answer) if _BOUND.search(text)]
+    words = [set(_CONNECTIVE.findall(text)) for text in (gold, answer) if _BOUND.search(_UNEQUAL.sub("", text))]
     return sorted(map(sorted, words)) == [["and"], ["or"]]
 
 
 def _scales(text: str) -> set[str]:
-    return {name.lower() for name in _SCALE.findall(text)}
+    """What a number is multiplied by; not what is said of it beside, as `2,000,000 (two million)`."""
+    return {name.lower() for name in _SCALE.findall(_ASIDE.sub("", text))}
 
 
 def _is_a_bound(gold: str, answer: str) -> bool:
@@ -116,9 +132,11 @@ def _case_differs(gold: str, answer: str) -> bool:
 
 
 def _letters_are_moved(gold: str, answer: str) -> bool:
-    """`ABCD` for `DCAB`, an order of four, which Math-Verify multiplies."""
-    are_orders = _ORDER.fullmatch(gold) and _ORDER.fullmatch(answer)
-    return bool(are_orders) and gold != answer and sorted(gold) == sorted(answer)
+    """`ABCD` for `DCAB`, an order of four, which Math-Verify multiplies. A polygon may be read from any corner, and the
+    other way round."""
+    if not (_ORDER.fullmatch(gold) and _ORDER.fullmatch(answer)) or sorted(gold) != sorted(answer):
+        return False
+    return gold not in 2 * answer and gold not in 2 * answer[::-1]
 
 
 def _order_differs(gold: str, answer: str) -> bool:

@@ -24,6 +24,8 @@ _CODE_SOURCES = re.compile(
     r"(^|[^a-z])(code|apps|taco|leetcode|livecodebench|lcb|humaneval|mbpp|codecontests|codeforces)", re.IGNORECASE
 )
 
+BROKEN_TESTS = "the tests of this problem are at fault"  # how the detail of such a verdict begins
+
 
 @dataclass(frozen=True)
 class Task:

@@ -29,7 +29,8 @@ TOLERANCE = 1e-6
 
 def run_referee(payload: dict[str, Any], inbox: int, outbox: int, verdict_to: int) -> None:
     """Never returns."""
-    session = Session(Channel(inbox, outbox), payload["timeout_s"])
+    may_stop = "StopIteration" in json.dumps(payload)  # which holds the tests, not the solution
+    session = Session(Channel(inbox, outbox), payload["timeout_s"], may_stop=may_stop)
     try:
         judge = {"assert": _assertions, "call": _calls, "check": _check}[payload["kind"]]
         verdict, detail = judge(payload, session)
@@ -63,7 +64,7 @@ def _assertions(payload: dict[str, Any], session: Session) -> tuple[str, str]:
         prelude = {"__name__": "tests", "__builtins__": builtins}
         exec(compile(payload["prelude"], "prelude.py", "exec"), prelude)
         programs = [compile(test, "tests.py", "exec") for test in payload["tests"]]
-        overridden = frozenset() if payload["entry_point"] else _overridden("\n".join(payload["tests"]))
+        overridden = frozenset() if payload["entry_point"] else _overridden("\n".join(payload["tests"]), set(prelude))
     except Exception as error:
         raise BrokenTests(f"{type(error).__name__}: {error}") from None
     checker = _checker(payload.get("checker"))
@@ -130,14 +131,14 @@ class Judged:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _overridden(tests: str) -> frozenset[str]:
+def _overridden(tests: str, given: set[str]) -> frozenset[str]:
     """The builtins that tests call when they use nothing else that the solution could define: one of them must be the
-    function under test."""
+    function under test. given: names of their prelude."""
     nodes = list(ast.walk(ast.parse(tests)))
     calls = [node.func for node in nodes if isinstance(node, ast.Call)]
     called = {call.id if isinstance(call, ast.Name) else "." for call in calls}
     read = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    unknown = {name for name in called | read - TEST_MODULES - _bound(nodes) if not hasattr(builtins, name)}
+    unknown = {name for name in called | read - TEST_MODULES - given - _bound(nodes) if not hasattr(builtins, name)}
     return frozenset() if unknown else frozenset(called)
 
 
@@ -146,6 +147,7 @@ def _bound(nodes: list[ast.AST]) -> set[str]:
     names = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
     names |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     names |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.name for node in nodes if isinstance(node, ast.ExceptHandler) and node.name}
     return names | {(node.asname or node.name).partition(".")[0] for node in nodes if isinstance(node, ast.alias)}
 
 

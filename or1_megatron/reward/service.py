@@ -31,7 +31,7 @@ from or1_megatron.profiling.spans import CAPACITY, Span
 from or1_megatron.reward.jobs import Job, take_for
 from or1_megatron.reward.math import may_take_long
 from or1_megatron.reward.patience import Patience
-from or1_megatron.reward.problem import Task, code_tests
+from or1_megatron.reward.problem import BROKEN_TESTS, Task, code_tests
 from or1_megatron.reward.processes import Lost, Template, WorkerProcess
 from or1_megatron.reward.response import reasoning_is_open
 from or1_megatron.reward.session import EXIT_MEMORY
@@ -115,10 +115,12 @@ class RewardService:
         return future
 
     def check_failure_rate(self, verdicts: list[Verdict]) -> None:
-        """Raises RunFailure when more of them than max_failure_rate are infrastructure errors."""
+        """Raises RunFailure when more of them than max_failure_rate are infrastructure errors. A problem with broken
+        tests is nobody's failure but its own, unless most are like that."""
         failed = [verdict for verdict in verdicts if verdict.failed]
+        broken = sum(verdict.detail.startswith(BROKEN_TESTS) for verdict in failed)
         most = self._config.max_failure_rate
-        if failed and len(failed) > most * len(verdicts):
+        if len(failed) - broken > most * len(verdicts) or 2 * broken > len(verdicts):
             raise RunFailure(
                 f"{len(failed)} of {len(verdicts)} responses could not be checked, more than reward.max_failure_rate="
                 f"{most}; the last one: {failed[-1].detail}",

@@ -112,6 +112,10 @@ def test_each_section_is_written_at_once_and_only_keeps_the_others(
     seen[:] = [("", [])]
     assert check.main([*words, "head"]) == 0
     assert seen[1:] == [("head", ["ceilings", "head", "logits"])], "the ceilings are those of before"
+    assert check.main([*words, "head", "--tiny"]) == 0
+    assert json.loads(out.read_text())["sections"].keys() == {"ceilings", "head"}, (
+        "full sizes and tiny ones in one file"
+    )
 
 
 def test_the_time_for_all_is_under_eight_minutes() -> None:

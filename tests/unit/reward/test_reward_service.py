@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from or1_megatron.errors import RunFailure
-from or1_megatron.reward.problem import Task
+from or1_megatron.reward.problem import BROKEN_TESTS, Task
 from or1_megatron.reward.service import RewardService, task_of
 from or1_megatron.sections import RewardConfig
 from or1_megatron.types import VERDICTS, Prompt, Sample, Verdict
@@ -170,6 +170,10 @@ def test_repeated_death_is_an_infrastructure_error_not_a_zero(tmp_path: Path) ->
         with pytest.raises(RunFailure, match="1 of 40 responses could not be checked"):
             service.check_failure_rate([verdict, *[Verdict("wrong", 0.0)] * 39])
         service.check_failure_rate([verdict, *[Verdict("wrong", 0.0)] * 99])
+        broken = Verdict("infrastructure_error", 0.0, f"{BROKEN_TESTS}: no module")
+        service.check_failure_rate([*[broken] * 20, *[Verdict("wrong", 0.0)] * 20])
+        with pytest.raises(RunFailure, match="21 of 41 .*are at fault: no module"):
+            service.check_failure_rate([*[broken] * 21, *[Verdict("wrong", 0.0)] * 20])
         assert names(checks(service, 4)) == right(4)
 
 
