@@ -17,20 +17,24 @@ from __future__ import annotations
 import datetime
 import os
 import pickle
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
+from or1_megatron.errors import RunFailure
 from or1_megatron.parallel import device, shared_memory
 from or1_megatron.parallel.packed_weights import PackedBucket, copy_all, packed_views, unpack
 
 NUM_BUFFERS = 2
 LOOPBACK = "127.0.0.1"
+_SPIN_S, _NAP_S = 1e-3, 1e-4  # of a wait: at first without sleep, which is where most end on a GPU
 Plan = tuple[PackedBucket, ...]
 
 
@@ -83,25 +87,38 @@ def _finish(works: list[Any]) -> None:
 
 
 class Turns:
-    """Which of a rank's buffers are full, and which are free again: between the rank and one engine process. Buckets
-    are counted through all pushes."""
+    """How many of a rank's buckets lie full in its buffers, and how many of them one engine process has taken: two
+    counts, through all pushes, in memory that both have mapped. A turn costs microseconds so, where a store's answer
+    takes as long as the copy of a bucket on a GPU.
+    """
 
-    def __init__(self, store: Any):
-        self._store = store
+    BYTES = 128  # a count in a cache line of its own, as each has one writer
 
-    def filled(self, number: int) -> None:
-        self._store.set(f"filled/{number}", "")
+    def __init__(self, path: Path, timeout_s: float):
+        counts = shared_memory.attach(path).view(np.int64)
+        self._filled, self._taken, self._timeout_s = counts[:1], counts[8:9], timeout_s
 
-    def wait_filled(self, number: int) -> None:
-        self._store.wait([f"filled/{number}"])
+    def fill(self) -> None:
+        self._filled += 1
 
-    def taken(self, number: int) -> None:
-        self._store.set(f"taken/{number}", "")
+    def take(self) -> None:
+        self._taken += 1
 
-    def wait_taken(self, number: int) -> None:
-        self._store.wait([f"taken/{number}"])
-        for key in (f"filled/{number}", f"taken/{number}"):
-            self._store.delete_key(key)
+    def wait_filled(self, count: int) -> None:
+        """Returns once `count` buckets have been filled. Raises RunFailure after timeout_s."""
+        self._wait(self._filled, count, "the rank whose weights this engine maps has sent nothing")
+
+    def wait_taken(self, count: int) -> None:
+        self._wait(self._taken, count, "the engine on this rank's GPU has taken no weights")
+
+    def _wait(self, reached: np.ndarray, count: int, problem: str) -> None:
+        started = time.monotonic()
+        while reached[0] < count:
+            waited = time.monotonic() - started
+            if waited > self._timeout_s:
+                raise RunFailure(f"{problem} for {self._timeout_s:.0f} s (parallel.timeout_s)")
+            if waited > _SPIN_S:
+                time.sleep(_NAP_S)
 
 
 class Sender:
@@ -128,25 +145,23 @@ class Sender:
     def send(self) -> None:
         """All weights as they are now; returns when the receivers have them, or no longer need this rank."""
         busy: list[list[Any]] = [[] for _ in self._buffers]
-        first = self._number
         for index, bucket in enumerate(self._plan):
             place = self._number % len(self._buffers)
             _finish(busy[place])
-            if self._turns and self._number - first >= len(self._buffers):
-                self._turns.wait_taken(self._number - len(self._buffers))
+            if self._turns:
+                self._turns.wait_taken(self._number + 1 - len(self._buffers))
             copy_all(self._targets[index][place], self._sources[index])
             busy[place] = _broadcast(self._group, bucket, self._buffers[place])
             if self._turns:
                 _finish(busy[place])
                 device.synchronize()
-                self._turns.filled(self._number)
+                self._turns.fill()
             self._number += 1
         for works in busy:
             _finish(works)
         device.synchronize()
         if self._turns:
-            for number in range(max(first, self._number - len(self._buffers)), self._number):
-                self._turns.wait_taken(number)
+            self._turns.wait_taken(self._number)
 
 
 class BroadcastReceiver:
@@ -175,17 +190,18 @@ class MappedReceiver:
     """A process that maps the buffers of one rank."""
 
     def __init__(self, plan: Plan, offer: Offer):
-        self._plan, self._turns = plan, Turns(offer.meeting.connect())
+        self._plan, self._turns = plan, Turns(offer.turns, offer.timeout_s)
+        offer.turns.unlink()
         self._buffers = [_map(handle) for handle in pickle.loads(offer.handles)]
         self._number = 0
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As BroadcastReceiver's."""
         for bucket in self._plan:
-            self._turns.wait_filled(self._number)
+            self._turns.wait_filled(self._number + 1)
             ready = unpack(bucket, self._buffers[self._number % len(self._buffers)])
             device.synchronize()
-            self._turns.taken(self._number)
+            self._turns.take()
             self._number += 1
             yield from ready
 
@@ -198,7 +214,8 @@ class Offer:
     """Buffers that a process on the same GPU may map."""
 
     device_id: str
-    meeting: Meeting
+    turns: Path
+    timeout_s: float
     handles: bytes  # from this run's own rank, over its own channel
 
 
@@ -208,14 +225,14 @@ def make_buffers(plan: Plan, on: torch.device) -> list[torch.Tensor]:
 
 def offer_buffers(plan: Plan, timeout_s: float) -> tuple[Offer, list[torch.Tensor], Turns]:
     """Buffers of this process's device that one other process may map: on a GPU by CUDA IPC, else files in memory."""
-    meeting, store = open_meeting(LOOPBACK, timeout_s)
+    turns = shared_memory.create(Turns.BYTES)
     if device.has_cuda():
         buffers = make_buffers(plan, device.device())
         handles: list[Any] = [reduce_tensor(buffer)[1] for buffer in buffers]
     else:
         handles = [shared_memory.create(_buffer_bytes(plan)) for _ in range(NUM_BUFFERS)]
         buffers = [torch.from_numpy(shared_memory.attach(path)) for path in handles]
-    return Offer(device.device_id(), meeting, pickle.dumps(handles)), buffers, Turns(store)
+    return Offer(device.device_id(), turns, timeout_s, pickle.dumps(handles)), buffers, Turns(turns, timeout_s)
 
 
 def _map(handle: Any) -> torch.Tensor:
