@@ -19,7 +19,7 @@ from pathlib import Path
 from or1_megatron.architecture import Architecture, check_degrees, read_architecture
 from or1_megatron.config import Config
 
-_LOGITS_CHUNK = 176 << 20  # parallel/vocab_head.py on a GPU
+_LOGITS_CHUNK = 195_000_000  # parallel/vocab_head.py on a GPU
 GPU_BYTES = 80e9  # H800
 RESERVE = 2.5e9
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.gpu.ceilings import Ceilings
 from benchmarks.gpu.clock import Part, attempt, extra_bytes, seconds
 from benchmarks.gpu.sizes import Sizes
-from benchmarks.harness import Benchmark
+from benchmarks.harness import Benchmark, Case
 from benchmarks.peers.vocabulary import NAIVE, OURS, RL_SYSTEMS, methods
 from or1_megatron.parallel import vocab_head
 from or1_megatron.parallel.device import device
@@ -134,8 +134,14 @@ class Head:
         shard = Shard(len(self.weight))
         vocab_head.head_loss(leaf, self.weight, self.weight_grad, self.labels, shard, token_loss)[0].backward()
 
+    def products_of_all(self, weight_grad: torch.Tensor) -> None:
+        """The three products alone, of all tokens at once."""
+        logits = self.hidden @ self.weight.t()
+        torch.mm(logits, self.weight)
+        torch.mm(logits.t(), self.hidden, out=weight_grad)
+
     def products(self, add: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
-        """The three products alone, chunk by chunk like `fused`; `add` makes the weight's."""
+        """The same, chunk by chunk like `fused`; `add` makes the weight's."""
         hidden_grad = torch.empty_like(self.hidden)
         for rows in vocab_head.chunks(len(self.hidden), self.weight):
             hidden = self.hidden[rows]
@@ -159,30 +165,52 @@ def _head(sizes: Sizes, ceilings: Ceilings, bench: Benchmark) -> None:
     amount = (tokens, "tokens")
     head = attempt(bench, "fused head", partial(batch.run, batch.fused), "ours", *amount)
     product = torch.empty_like(batch.weight)
-    adding: dict[str, Callable[[torch.Tensor, torch.Tensor], Any]] = {
-        "three products": lambda grad, hidden: torch.mm(grad, hidden, out=product),
-        "three products, the weight's added up in float32": partial(add_product, batch.weight_grad),
+    ways = {
+        "three products": partial(batch.products_of_all, product),
+        "three products, in chunks": partial(batch.products, lambda grad, hidden: torch.mm(grad, hidden, out=product)),
+        "three products, in chunks, the weight's added up in float32": partial(
+            batch.products, partial(add_product, batch.weight_grad)
+        ),
     }
     floors = []
-    for label, add in adding.items():
-        case = attempt(bench, label, partial(batch.run, partial(batch.products, add)), "floor", *amount)
-        floors.append(case)
+    for label, way in ways.items():
+        case = attempt(bench, label, partial(batch.run, way), "floor", *amount)
         if case:
+            floors.append(case)
             case.remark = lambda case=case: f"{flops / case.median / ceilings.flops:.0%} of the bf16 product's rate"
+    peers = _head_peers(bench, batch, amount)
+    if not head:
+        return
+    vocab_head.forget_buffers()
+    extra = extra_bytes(batch.fused) - batch.hidden.nbytes  # the hidden states' gradient is a result
+    head.remark = f"{extra / 1e6:.0f} MB extra"
+    bench.mark("head_extra_MB", lambda: extra / 1e6, HEAD_EXTRA_BYTES / 1e6, "lower")
+    if floors:
+        bench.mark("head_over_products", lambda: head.median / min(case.median for case in floors), 1.10, "lower")
+    if peers:
+        fastest = lambda: min(peers, key=lambda pair: pair[0].median)  # noqa: E731
+        bench.mark("head_over_fastest_peer", lambda: fastest()[0].median / head.median, 1.3)
+        # Where it is no faster, it should need a tenth of the memory.
+        bench.mark("head_extra_of_fastest_peers", lambda: extra / max(1, fastest()[1]), 0.1, "lower")
+
+
+def _head_peers(bench: Benchmark, batch: Head, amount: tuple[int, str]) -> list[tuple[Case, int]]:
+    """Those that run, and the bytes that each needs beside inputs and gradients."""
+    found = []
+    results = batch.hidden.nbytes + batch.weight.nbytes
     for label, find in HEAD_PEERS.items():
         try:
             pair = find()
         except Exception as error:  # whatever a peer can lack here
             bench.note(f"{label}: {type(error).__name__}: {str(error).partition(chr(10))[0]}")
-        else:
-            attempt(bench, label, partial(batch.run, partial(batch.by_autograd, pair)), "peer", *amount)
-    floor = floors[0]
-    if head and floor:
-        vocab_head.forget_buffers()
-        extra = extra_bytes(batch.fused) - batch.hidden.nbytes  # the hidden states' gradient is a result
-        head.remark = f"{extra / 1e6:.0f} MB extra"
-        bench.mark("head_over_products", lambda: head.median / floor.median, 1.10, "lower")
-        bench.mark("head_extra_MB", lambda: extra / 1e6, HEAD_EXTRA_BYTES / 1e6, "lower")
+            continue
+        way = partial(batch.by_autograd, pair)
+        case = attempt(bench, label, partial(batch.run, way), "peer", *amount)
+        if case:
+            extra = max(0, extra_bytes(way) - results)
+            case.remark = f"{extra / 1e6:.0f} MB extra"
+            found.append((case, extra))
+    return found
 
 
 def _naive() -> Callable[..., Any]:

@@ -30,7 +30,13 @@ def test_every_section_runs_on_a_cpu(tmp_path: Path) -> None:
         assert found["rows"] and not found["failures"], (name, found["failures"])
         assert all(row["median"] > 0 for row in found["rows"])
     marks = {mark["name"] for found in sections.values() for mark in found["marks"]}
-    assert {"head_over_products", "head_extra_MB", "logits_T16_V300_share_of_floor", "MFU_1.5B_packs_64_torch"} <= marks
+    assert {
+        "head_over_products",
+        "head_extra_MB",
+        "head_over_fastest_peer",
+        "logits_T16_V300_share_of_floor",
+        "MFU_1.5B_packs_64_torch",
+    } <= marks
     assert sections["ceilings"]["ceilings"].keys() == {"bytes_per_s", "flops", "peak_flops"}
     tests: dict[str, Any] = {"passed": 3, "failed": [{"test": "t", "reason": "off"}], "skipped": [], "exit": 1}
     record = {"sections": sections, "tests": tests, "tiny": True, "seconds": 1.0, "machine": {"gpu": "none"}}

@@ -87,6 +87,26 @@ def test_one_chunk_of_logits_is_all_that_is_ever_allocated(monkeypatch: pytest.M
     assert buffer.numel() <= chunk
 
 
+@pytest.mark.parametrize("tile", [1, 128])
+@pytest.mark.parametrize("tokens", [1, 127, 128, 500, 640, 641, 1000, 32_768])
+def test_chunks_cover_all_tokens_in_whole_tiles(tokens: int, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.empty(1000, 1, dtype=torch.bfloat16)
+    monkeypatch.setattr(vocab_head, "_CHUNK_BYTES", {"cpu": (650 * 2000,) * 2})
+    monkeypatch.setattr(vocab_head, "_TILE_TOKENS", {"cpu": tile})
+    slices = list(vocab_head.chunks(tokens, weight))
+    assert [row for rows in slices for row in range(rows.start, rows.stop)] == list(range(tokens))
+    assert all(rows.stop - rows.start <= 650 for rows in slices)
+    assert all((rows.stop - rows.start) % tile == 0 for rows in slices[:-1])
+    assert len(slices) == -(-tokens // (650 // tile * tile))
+
+
+def test_a_chunk_that_is_no_tile_has_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocab_head, "_CHUNK_BYTES", {"cpu": (50 * 2000,) * 2})
+    monkeypatch.setattr(vocab_head, "_TILE_TOKENS", {"cpu": 128})
+    sizes = [rows.stop - rows.start for rows in vocab_head.chunks(120, torch.empty(1000, 1, dtype=torch.bfloat16))]
+    assert sizes == [50, 50, 20]
+
+
 def test_a_scaled_loss_is_refused() -> None:
     hidden, weight, labels, a, b = case()
     loss, *_ = head_loss(
