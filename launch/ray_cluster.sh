@@ -57,6 +57,7 @@ interface=$(ip -4 -o addr show | awk -v own="$own" "{ split(\$4, part, \"/\"); i
 printf %s "$token" >"$state/token"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=$state/token RAY_USAGE_STATS_ENABLED=0 OMP_WAIT_POLICY=PASSIVE
 export PYTHONPATH=$root GLOO_SOCKET_IFNAME=$interface NCCL_SOCKET_IFNAME=$interface
+eval "$(sed -n "s/^\([A-Z_]*\)=\([^ ]*\).*/export \1=\"\${\1:-\2}\"/p" "$root/slurm/cluster.env")"
 unset RAY_ADDRESS
 cd "$root" && ulimit -n 65535 2>/dev/null
 # shellcheck disable=SC2086

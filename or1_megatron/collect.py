@@ -67,7 +67,7 @@ def collect(
 
     def answer(prompts: list[Prompt]) -> list[Group]:
         with spans.span("deal"):
-            dealt = history.deal(prompts, size, config.rollout.num_engines, config.rollout.schedule)
+            dealt = history.deal(prompts, size, cluster.num_engines, config.rollout.schedule)
         return score_groups(cluster, rewards, prompts, size, sampling, spans, dealt, checked)
 
     return fill(config, answer, stream, carried)
@@ -188,7 +188,7 @@ def score_groups(
 
     at_once = cluster.config.reward.during_rollout
     with spans.span("rollout"):
-        engines = cluster.config.rollout.num_engines
+        engines = cluster.num_engines
         shares, piece = dealt or ([prompts[i::engines] for i in range(engines)], group_size)
         for group in cluster.generate(shares, piece, sampling):
             groups.append(group)
@@ -236,7 +236,7 @@ def scored(
         if not any(verdict.failed for verdict in found):
             yield group
 
-    engines = cluster.config.rollout.num_engines
+    engines = cluster.num_engines
     for group in cluster.generate([prompts[i::engines] for i in range(engines)], group_size, sampling):
         waiting.append((group, [rewards.submit(task_of(sample)) for sample in group.samples]))
         while waiting and all(future.done() for future in waiting[0][1]):

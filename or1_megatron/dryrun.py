@@ -2,14 +2,16 @@
 
 Memory of one rank, bytes, by Megatron's distributed optimizer in bf16: weights 2 and gradients 4 a parameter of this
 rank's shard, optimizer 12 (main weight and two moments, fp32) spread over its data- and context-parallel peers.
-Activations of a micro-batch of t tokens, H hidden, 2-byte numbers: about 34 t H a layer, all over tp (sequence
-parallel) and t over cp; with full recomputation 2 t H a layer kept and one layer whole. Estimates, within some 20 %,
-without the allocator's slack.
+Activations of a micro-batch, numbers kept of each token in a layer of H hidden, F feed-forward, A and K attention and
+KV columns: input and output of both norms 4 H, queries, keys, values and attention's output 2 A + 2 K, gate, up and
+their product 3 F; 22 H for Qwen2.5-7B. All over tp (sequence parallel) and cp; with full recomputation the input of
+each layer is kept and one layer whole. Estimates, within some 20 %, without the allocator's slack.
 
 Memory of one engine, on each of its rollout.engine_tp GPUs: its share of the weights, RESERVE for graphs and
 activations, and the KV cache in what is left of rollout.gpu_memory_utilization: 2 (keys, values) x layers x KV heads of
 the GPU x head size numbers a token. When
 actor and engines are colocated only one of them is there in full, except that both have their weights during a push.
+A rank of a colocated actor always has the push's two buffers, each of rollout.bucket_mb or of the largest tensor.
 """
 
 from __future__ import annotations
@@ -29,14 +31,14 @@ def memory_per_rank(config: Config, architecture: Architecture) -> dict[str, flo
     parallel, a = config.parallel, architecture
     shard = a.num_parameters / (parallel.tp * parallel.pp)
     weight_bytes = 4 if config.model.dtype == "fp32" else 2
-    layer_input = config.token_budget / (parallel.cp * parallel.tp) * a.hidden_size * weight_bytes
-    layers = a.num_layers / parallel.pp
-    kept = layers * layer_input + 17 * layer_input if config.model.recompute == "full" else layers * 17 * layer_input
+    columns = 4 * a.hidden_size + 2 * a.head_dim * (a.num_heads + a.num_kv_heads) + 3 * a.ffn_hidden_size
+    tokens, layers = config.token_budget / (parallel.cp * parallel.tp), a.num_layers / parallel.pp
+    kept = layers * a.hidden_size + columns if config.model.recompute == "full" else layers * columns
     return {
         "weights": weight_bytes * shard,
         "gradients": 4 * shard,
         "optimizer": 12 * shard / (config.dp * parallel.cp),
-        "activations": kept + _LOGITS_CHUNK,
+        "activations": weight_bytes * tokens * kept + _LOGITS_CHUNK,
     }
 
 
@@ -59,6 +61,9 @@ def gpu_peaks(config: Config, architecture: Architecture, gpu_bytes: float = GPU
     peaks = {"update": sum(actor.values()), "rollout": config.rollout.gpu_memory_utilization * gpu_bytes}
     if config.rollout.placement != "separate":
         peaks["push"] = actor["weights"] + engine["weights"] + RESERVE
+        largest = architecture.hidden_size * max(architecture.vocab_size, architecture.ffn_hidden_size)
+        buffers = 2 * max(config.rollout.bucket_mb << 20, 2 * largest)
+        peaks = {phase: size + buffers for phase, size in peaks.items()}
     return peaks
 
 

@@ -38,7 +38,8 @@ class RunFailure(RuntimeError):
 
 
 class WorkerDied(RunFailure):
-    """A rank or an engine died, or brought nothing until the deadline. `workers` are these, as cluster/ knows them."""
+    """A rank or an engine died, failed or brought nothing until the deadline. `workers` are these, as cluster/ knows
+    them."""
 
     def __init__(self, message: str, log_tail: str, workers: list[Any]):
         super().__init__(message, log_tail)

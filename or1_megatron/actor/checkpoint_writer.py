@@ -9,6 +9,7 @@ the end (`AsyncRequest`); its own writers are not used: their results go through
 from __future__ import annotations
 
 import ctypes
+import errno
 import inspect
 import multiprocessing
 import os
@@ -25,12 +26,13 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from torch.distributed.checkpoint.api import CheckpointException
 
-from or1_megatron.errors import UserError
+from or1_megatron.errors import DISK_FULL, UserError
 from or1_megatron.parallel.device import has_cuda
 from or1_megatron.parallel.file_sums import FileSums, file_sum
 
 _FORK = multiprocessing.get_context("fork")
 _PR_SET_PDEATHSIG = 1
+_REFUSALS = (*DISK_FULL, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class CheckpointWriter:
@@ -63,7 +65,8 @@ class CheckpointWriter:
         return self._process is None or not self._process.is_alive()
 
     def finish(self) -> FileSums:
-        """Waits, writes the metadata; this rank's files. Raises UserError on all ranks when one could not write."""
+        """Waits, writes the metadata; this rank's files. Raises on all ranks when one could not write: UserError where
+        the disk is full or refuses, else RuntimeError, as for a writer that was killed."""
         if self._process is not None:
             self._process.join()
             self._staged = None
@@ -72,12 +75,15 @@ class CheckpointWriter:
             for finalize in self._finalize:
                 finalize()
         except CheckpointException as error:
-            reasons = [sorted({str(failure[0]) for failure in error.failures.values()})]
-            torch.distributed.broadcast_object_list(reasons, src=0)  # the only rank that is told
-            raise UserError(
-                f"the checkpoint {self._directory} could not be written: {'; '.join(reasons[0])}; "
-                "make room there, or move the run folder elsewhere and resume that"
-            ) from None
+            mine = {str(failure[0]) for failure in error.failures.values()}  # Megatron tells one rank alone
+            told: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(told, (mine, self._results.refused))
+            reasons = sorted(set().union(*(some for some, _ in told)))
+            problem = f"the checkpoint {self._directory} could not be written: {'; '.join(reasons)}"
+            if any(refused for _, refused in told):
+                problem += "; make room there, or move the run folder elsewhere and resume that"
+                raise UserError(problem) from None
+            raise RuntimeError(problem) from None
         return self._results.sums
 
 
@@ -87,6 +93,7 @@ class _Results:
     def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("or1-checkpoint"), "w+b")
         self.sums: FileSums = {}
+        self.refused = False  # by a disk that a new start would find the same
         self.exit_code: int | None = None
 
     def put(self, results: Any) -> None:
@@ -99,6 +106,7 @@ class _Results:
             return RuntimeError(f"the writing process ended with exit code {self.exit_code}")
         self._file.seek(0)
         results, self.sums = pickle.load(self._file)
+        self.refused = isinstance(results, OSError) and results.errno in _REFUSALS
         return results
 
 

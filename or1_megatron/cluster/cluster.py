@@ -89,7 +89,8 @@ class Cluster:
         address = self._nodes[where.nodes("rank")[0]].address if self._joined and self._ranks else None
         if self._with_actor:
             meeting = self._workers.wait([self._ranks[0].meeting_point.remote(address)])[0]
-            started += [rank.start.remote(self.config, i, meeting) for i, rank in enumerate(self._ranks)]
+            gpu = where.share("rank") > 0
+            started += [rank.start.remote(self.config, i, meeting, gpu) for i, rank in enumerate(self._ranks)]
         self._workers.wait(started)
         if self._with_actor:
             sides = self.config, self._workers, self._ranks, self._engines
@@ -132,6 +133,11 @@ class Cluster:
             [getattr(worker, method).remote(mine) for workers, mine in sides if mine for worker in workers]
         )
 
+    @property
+    def num_engines(self) -> int:
+        """Those that are left."""
+        return len(self._engines)
+
     def generate(self, shares: list[list[Prompt]], group_size: int, sampling: SamplingSpec) -> Iterator[Group]:
         """Groups in the order they finish; `shares` are each engine's prompts. Those of an engine that has died or dies
         now go to the others."""
@@ -139,10 +145,9 @@ class Cluster:
         left: dict[Any, list[Prompt]] = {engine: [] for engine in self._engines}
 
         def ask(shares: list[list[Prompt]]) -> dict[Any, Any]:
-            streams = {}
-            for i, mine in enumerate(shares):
-                if mine:
-                    engine = self._engines[i % len(self._engines)]
+            n, streams = len(self._engines), {}
+            for i, engine in enumerate(self._engines):
+                if mine := [prompt for share in shares[i::n] for prompt in share]:  # one call: two would queue up
                     left[engine] += mine
                     stream = engine.generate.options(num_returns="streaming").remote(mine, group_size, sampling)
                     streams[stream] = engine
@@ -153,10 +158,11 @@ class Cluster:
                 raise died  # a rank, or the last engine
             orphans = [prompt for engine in died.workers for prompt in left.pop(engine)]
             self._engines = [engine for engine in self._engines if engine not in died.workers]
-            names, n = ", ".join(self._workers.forget(engine) for engine in died.workers), len(self._engines)
+            n = len(self._engines)
             for engine in died.workers:
+                self._workers.forget(engine)
                 ray.kill(engine)  # it may only have been silent
-            self.message(f"{names} died; {len(orphans)} prompts go to the {n} engines left")
+            self.message(f"{died}; {len(orphans)} prompts go to the {n} engines left")
             return ask([orphans[i::n] for i in range(n)])
 
         streams = ask(shares)
@@ -228,7 +234,7 @@ class Cluster:
         return all(self._on_ranks("save_written"))
 
     def finish_save(self) -> FileSums:
-        """Waits for the files; bytes and CRC-32 of each. Raises UserError when one could not be written."""
+        """Waits for the files; bytes and CRC-32 of each. Raises UserError when the disk does not take them."""
         return {name: sums for files in self._on_ranks("finish_save") for name, sums in files.items()}
 
     def load(self, directory: Path) -> None:

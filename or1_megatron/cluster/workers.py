@@ -1,7 +1,8 @@
 """The run's processes as Ray sees them: answers awaited with an eye on all of them, and who died when one did.
 
 Whoever waits also pings every process, so the death of an idle one is noticed within seconds. One that lives but brings
-nothing until the deadline counts as dead: a collective that hangs, a file system that no longer answers. While a thread
+nothing until the deadline counts as dead: a collective that hangs, a file system that no longer answers. So does one
+whose call fails as devices, collectives and vLLM's own processes fail. While a thread
 tends some of them, as that of a rollout under way tends the engines, the others do not look after these.
 """
 
@@ -20,6 +21,9 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from or1_megatron.errors import RunFailure, StopRequested, UserError, WorkerDied
 
 _PING_INTERVAL_S = 5.0
+# What faults of a device, of a collective or of a process behind a worker arrive as. Anything else is a mistake, which
+# a new start would only make again.
+_FAULTS = (RuntimeError, TimeoutError)
 
 
 class Workers:
@@ -41,10 +45,10 @@ class Workers:
     def name(self, worker: Any) -> str:
         return self._logs[worker].stem
 
-    def forget(self, worker: Any) -> str:
-        """It is not missed any more; its name."""
+    def forget(self, worker: Any) -> None:
+        """It is not missed any more."""
         self._pings.pop(worker, None)
-        return self._logs.pop(worker).stem
+        self._logs.pop(worker)
 
     @contextmanager
     def tending(self, workers: Sequence[Any]) -> Iterator[None]:
@@ -126,10 +130,14 @@ class Workers:
         try:
             return ray.get(ref)
         except RayTaskError as error:
-            if isinstance(error.cause, (UserError, RunFailure, OSError)):
-                raise error.cause from None
+            cause = error.cause
+            if isinstance(cause, (UserError, RunFailure)) or (isinstance(cause, OSError) and cause.errno):
+                raise cause from None
             self._raise_if_dead()
-            raise RunFailure(f"{error.cause!r}", str(error)) from None
+            asked = [worker for worker in self._logs if worker._actor_id == ref.task_id().actor_id()]
+            if asked and isinstance(cause, _FAULTS):
+                raise WorkerDied(f"{self.name(asked[0])} failed: {cause!r}", str(error), asked) from None
+            raise RunFailure(f"{cause!r}", str(error)) from None
         except RayError as error:  # the process died, or with its node what it had answered
             self._raise_if_dead()
             raise RunFailure(f"a process of the run died: {error}") from None

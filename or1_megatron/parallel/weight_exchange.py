@@ -28,7 +28,6 @@ import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.multiprocessing.reductions import rebuild_cuda_tensor, reduce_tensor
 
-from or1_megatron.errors import RunFailure
 from or1_megatron.parallel import device, shared_memory
 from or1_megatron.parallel.packed_weights import PackedBucket, copy_all, packed_views, unpack
 
@@ -105,7 +104,7 @@ class Turns:
         self._taken += 1
 
     def wait_filled(self, count: int) -> None:
-        """Returns once `count` buckets have been filled. Raises RunFailure after timeout_s."""
+        """Returns once `count` buckets have been filled. Raises TimeoutError after timeout_s."""
         self._wait(self._filled, count, "the rank whose weights this engine maps has sent nothing")
 
     def wait_taken(self, count: int) -> None:
@@ -116,7 +115,7 @@ class Turns:
         while reached[0] < count:
             waited = time.monotonic() - started
             if waited > self._timeout_s:
-                raise RunFailure(f"{problem} for {self._timeout_s:.0f} s (parallel.timeout_s)")
+                raise TimeoutError(f"{problem} for {self._timeout_s:.0f} s (parallel.timeout_s)")
             if waited > _SPIN_S:
                 time.sleep(_NAP_S)
 

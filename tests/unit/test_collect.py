@@ -237,6 +237,8 @@ def test_overlap_and_patience_exclude_each_other():
 class Decoding:
     """Stands in for the engines of a cluster: two groups, and how many checks were done when each had been decoded."""
 
+    num_engines = 1
+
     def __init__(self, config: Config, rewards: RewardService, patience_s: float):
         self.config, self._rewards, self._patience_s = config, rewards, patience_s
         self.checked: list[int] = []

@@ -123,4 +123,6 @@ def test_memory_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert (found["weights"], found["gradients"]) == (2 * shard, 4 * shard)
     assert found["optimizer"] == 12 * shard / 16  # dp 8, cp 2
     tokens = 32768 / 4  # over cp 2 and tp 2; two layers kept as inputs, one whole
-    assert found["activations"] == (2 + 17) * tokens * 128 * 2 + _CHUNK_BYTES["cuda"][1]
+    a = architecture
+    whole = 4 * 128 + 2 * a.head_dim * (a.num_heads + a.num_kv_heads) + 3 * a.ffn_hidden_size
+    assert found["activations"] == (2 * 128 + whole) * tokens * 2 + _CHUNK_BYTES["cuda"][1]

@@ -175,9 +175,9 @@ def ask_engines(table: Table, judge: Judge, options: VotesOptions, context: Cont
         sampling = SamplingSpec(
             temperature=options.temperature, top_p=1.0, max_response_length=options.max_tokens, seed=context.seed
         )
-        engines = model.config.rollout.num_engines
         for wave in waves(table, options.wave, asked):
             cluster = model.start()
+            engines = cluster.num_engines
             for group in cluster.generate([wave[i::engines] for i in range(engines)], options.votes, sampling):
                 replies = [Reply(sample.text, sample.truncated) for sample in group.samples]
                 uid = group.prompt.uid
