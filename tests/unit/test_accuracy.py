@@ -66,3 +66,8 @@ def test_held_out_accuracies_stand_at_the_step_they_were_taken_after():
         {"step": 5, **step},
     ]
     assert held_out(rows) == [(0, 0.1), (2, 0.5), (3, 0.9), (4, 0.7)]
+
+
+def test_the_interval_is_the_same_each_time():
+    values = np.random.default_rng(3).random(50)
+    assert estimate(values) == estimate(values)

@@ -21,6 +21,7 @@ from or1_megatron.collect import (
     rollout_metrics,
     sampled_entropy,
     score_groups,
+    scored,
     training_sampling,
 )
 from or1_megatron.config import Config
@@ -309,3 +310,91 @@ def test_failed_checks_count_over_all_rounds_of_a_step(monkeypatch: pytest.Monke
         assert score_groups(*settings) == [] and len(checked) == 100
         with pytest.raises(RunFailure, match="4 of 102 responses could not be checked"):
             score_groups(*settings)
+
+
+def test_a_group_that_fills_the_context_is_carried_over():
+    carried = Policy()(PROMPTS[:1])
+    carried[0].samples[0].tokens = np.arange(126)  # behind a prompt of two
+    wanted = config(rollout_batch_size=4, context_length=128)
+    assert fill(wanted, Policy(), PromptMixture([PROMPTS], [1.0], 0), carried).num_carried == 1
+
+
+def test_the_share_that_a_refill_expects_is_that_of_this_steps_groups():
+    """Two of the eight sampled here: the six missing ones take 24, of which six and half a step are asked for."""
+    policy, asked = Policy(), []
+
+    def answer(prompts: list[Prompt]) -> list[Group]:
+        asked.append(len(prompts))
+        groups = policy(prompts)
+        for i, group in enumerate(groups):
+            group.samples[0].reward, group.samples[1].reward = float(i < 2), 0.0
+        return groups
+
+    fill(config(), answer, PromptMixture([PROMPTS], [1.0], 0), policy(PROMPTS[:8]))
+    assert asked[:2] == [8, 14]
+
+
+def test_without_rejection_every_group_is_trained_on():
+    wanted = config(refill="exact")
+    wanted.loss.rejection = False
+    rollout = fill(wanted, Policy(), PromptMixture([PROMPTS], [1.0], 0), [])
+    assert rollout.kept == rollout.generated and len(rollout.kept) == 16
+
+
+def test_what_still_waits_was_not_dropped_by_this_step():
+    wanted = config(rollout_batch_size=4)
+    rollout = fill(wanted, Policy(), PromptMixture([PROMPTS], [1.0], 0), Policy()(PROMPTS[:5]))
+    dropped = sum(not is_informative(group) for group in rollout.generated)
+    assert rollout_metrics(rollout)["groups/dropped"] == dropped
+
+
+def test_metrics_are_of_every_response():
+    groups = Policy()(PROMPTS[:2])
+    for i, sample in enumerate(sample for group in groups for sample in group.samples):
+        sample.tokens, sample.reward = np.arange(i + 1), float(i == 0)
+        sample.finish_reason, sample.verdict = ("length", "truncated") if i == 3 else ("stop", "wrong")
+    metrics = rollout_metrics(Rollout(generated=groups, kept=groups[:1]))
+    assert (metrics["verdict/wrong"], metrics["verdict/truncated"]) == (3, 1)
+    assert (metrics["reward/mean"], metrics["truncated"]) == (0.25, 0.25)
+    assert (metrics["length/mean"], metrics["length/max"]) == (2.5, 4)
+
+
+class Given:
+    """Stands in for engines and verifiers: these groups in this order, of which the check of "lost" fails."""
+
+    def __init__(self, groups: list[Group]):
+        self.config, self.num_engines = config(), 1
+        self.checked: list[str] = []
+        self._groups = groups
+
+    def generate(self, *_: Any) -> Iterator[Group]:
+        yield from self._groups
+
+    def submit(self, task: Task) -> Future[Verdict]:
+        future: Future[Verdict] = Future()
+        future.set_result(Verdict("infrastructure_error" if task.response == "lost" else "wrong", 0.0))
+        return future
+
+    def check_failure_rate(self, verdicts: list[Verdict]) -> None:
+        self.checked = [verdict.name for verdict in verdicts]
+
+
+def test_two_groups_of_one_prompt_stand_in_an_order_of_their_own():
+    """By their tokens, whichever has ended first."""
+    groups = Policy()(PROMPTS[:1] * 2)
+    for first in (3, 5):
+        groups[0].samples[0].tokens, groups[1].samples[0].tokens = np.array([first]), np.array([8 - first])
+        there: Any = Given(groups)
+        found = score_groups(there, there, PROMPTS[:1] * 2, 2, training_sampling(there.config), Spans())
+        assert [group.samples[0].tokens.tolist() for group in found] == [[3], [5]]
+
+
+def test_groups_for_a_caller_who_keeps_each_at_once():
+    """Without the one whose check failed, which counts all the same."""
+    groups = Policy()(PROMPTS[:3])
+    groups[1].samples[0].text = "lost"
+    there: Any = Given(groups)
+    found = list(scored(there, there, PROMPTS[:3], 2, training_sampling(there.config)))
+    assert [group.prompt for group in found] == [PROMPTS[0], PROMPTS[2]]
+    assert {sample.verdict for group in found for sample in group.samples} == {"wrong"}
+    assert sorted(there.checked) == ["infrastructure_error"] + ["wrong"] * 5

@@ -84,3 +84,12 @@ def test_what_is_there_is_not_moved() -> None:
     before = device.moves
     device.do(Phase.SCORE)
     assert device.moves == before
+
+
+def test_a_checkpoint_has_the_optimizer_and_an_update_all_of_the_actor() -> None:
+    device = Device()
+    device.do(Phase.PUSH)
+    device.do(Phase.CHECKPOINT)
+    assert {Part.ACTOR_WEIGHTS, Part.OPTIMIZER} <= device.held
+    device.do(Phase.UPDATE)
+    assert device.held >= ACTOR_PARTS

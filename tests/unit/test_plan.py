@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -11,11 +12,12 @@ import numpy as np
 import pytest
 import yaml
 
-from or1_megatron import cli
+from or1_megatron import cli, plan
 from or1_megatron.plan import Assumptions
 from or1_megatron.profiling.calibration import Interval, calibrate, computing_seconds, events_by_step, intervals
-from or1_megatron.profiling.lengths import LogNormal
-from or1_megatron.recipe import load
+from or1_megatron.profiling.lengths import LogNormal, Measured
+from or1_megatron.profiling.planner import StepTime, Work
+from or1_megatron.recipe import from_tree, load
 from or1_megatron.runfolder import RunFolder
 from or1_megatron.types import Group, Prompt, Sample
 from tests.tiny_models import write_tiny_model
@@ -174,3 +176,82 @@ def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.Captu
     assert cli.main(["plan", str(RECIPES / "or1_32b.yaml"), *words]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+class Predicted:
+    """Stands in for the prediction: notes the work; a step takes a second for every 64 tokens of the context."""
+
+    def __init__(self) -> None:
+        self.works: list[Work] = []
+
+    def __call__(self, work: Work, costs: Any, draws: int = 0) -> StepTime:
+        self.works.append(work)
+        return StepTime(work.context_length / 64, *[0.0] * 9)
+
+
+def test_the_work_of_each_stage_is_that_of_the_recipe(monkeypatch: pytest.MonkeyPatch):
+    """Steps end the last stage before its own end; nothing is rejected; the engines' log-probs need no pass."""
+    monkeypatch.setattr(plan, "predict", predicted := Predicted())
+    tree = {
+        "model": {"path": "models/DeepSeek-R1-Distill-Qwen-7B"},
+        "steps": 101,
+        "stages": [{"until": 100, "context_length": 64}, {"until": 300, "context_length": 4096}],
+        "loss": {"old_log_probs": "engine", "rejection": False},
+    }
+    seen = Assumptions(LogNormal(10, 0.5, 0.5), 0.6)
+    lines = plan.plan_gpus(from_tree([("t", tree)]), [8], "h800", seen)
+    assert ": 101 steps in 2 stages" in lines[0]
+    assert [work.prompt_tokens for work in predicted.works] == [32, 128]
+    assert {(work.kept_share, work.recomputes_old_log_probs) for work in predicted.works} == {(1.0, False)}
+    assert any("help most, each alone, stage 1 on 8 GPUs" in line for line in lines), "100 x 1 s, and 1 x 64 s"
+
+
+def test_prompts_are_shared_where_the_run_has_shared_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = RunFolder.open(write_run(tmp_path))
+    monkeypatch.setattr(plan, "predict", predicted := Predicted())
+    shown = plan.calibration_of(run)
+    for shares in (False, True):
+        calibrated = dataclasses.replace(shown, shares_prompts=shares)
+        plan.calibrated_steps(run.config, calibrated, Assumptions(LogNormal(10, 0.5, 0.5), 0.6))
+    assert [work.shares_prompts for work in predicted.works] == [False, True]
+
+
+def test_lengths_are_those_of_the_newest_groups_in_the_stages_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run = RunFolder.open(write_run(tmp_path, stage_of={3: 2}))
+
+    def groups(**settings: Any) -> tuple[tuple[int, ...], ...]:
+        lengths = plan.measured(run, **settings).lengths
+        assert isinstance(lengths, Measured)
+        return lengths.groups
+
+    assert groups(stages={2}) == ((6, 11), (9, 12), (12, 20), (20, 31))
+    monkeypatch.setattr(plan, "MOST_GROUPS", 1)
+    assert groups() == ((7, 13), (9, 12), (12, 20), (20, 31))  # of step 4
+
+
+def test_the_share_of_a_run_without_rejection_is_that_of_right_and_wrong_ones_together(tmp_path: Path):
+    run = RunFolder.open(write_run(tmp_path))
+    run.config.loss.rejection = False
+    prompt = Prompt("p", "", (1,), ("1",))
+    for step, right in enumerate((0, 1, 2, 0), 1):
+        verdicts = ["correct"] * right + ["wrong"] * (2 - right)
+        samples = [Sample(prompt, i, np.ones(1), np.zeros(1), "", "stop", 0, v) for i, v in enumerate(verdicts)]
+        run.save_history(step, [Group(prompt, samples)])
+    assert plan.measured(run).kept_share == 0.25
+
+
+def test_all_groups_may_be_kept():
+    assert plan.assumptions(None, 1.0, None).kept_share == 1.0
+
+
+def test_responses_are_those_of_each_engine_and_tokens_those_of_each_pass(tmp_path: Path):
+    run = RunFolder.open(write_run(tmp_path))
+    trace = json.loads((run.path / "trace.json").read_text())
+    rows = [{**row, "tokens": 2 * row["tokens"]} if "tokens" in row else row for row in run.read_metrics()]
+    machine: dict[str, Any] = {"num_ranks": 2, "max_batched_tokens": 16, "num_reuse": 2, "num_engines": 2}
+    found = calibrate(trace, rows, group_sizes=[2], **machine)
+    assert found.prompt_tokens == 10
+    # As if the engine beside the recorded one had decoded half: four responses, and half of the third step's tokens.
+    assert found.start == pytest.approx((8 * START + 121 / 2 * PER_RESPONSE) / 4, rel=1e-6)

@@ -291,3 +291,40 @@ def test_a_driver_of_another_host_is_waited_for(
                 assert not take_lock(file), "by this one, or still by the dead node"
                 assert json.loads((run.path / "driver.lock").read_text())[2] == job
     assert "waiting for process" in (said := capsys.readouterr().err) and "on node3 of job 71" in said
+
+
+def test_the_history_is_that_of_the_verdicts_from_the_first_step_to_the_last(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path))
+    groups = make_groups()
+    groups[0].samples[0].reward = 0.0  # what counts as right is the verdict
+    for step in (1, 2, 3):
+        run.save_history(step, groups)
+    assert run.read_history(2, 3) == [("gsm8k/7", 2, 1)] * 2
+    assert pyarrow.parquet.read_table(run.history / "step-000001.parquet")["truncated"].to_pylist() == [1]
+    with pytest.raises(UserError, match=r"step-000004.parquet is gone"):
+        run.read_history(3, 4)
+
+
+def test_folders_of_one_second_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("or1_megatron.runfolder.time.strftime", lambda _: "now")
+    config = make_config(tmp_path, "name=a")
+    assert [RunFolder.create(config).path.name for _ in range(3)] == ["a-now", "a-now-2", "a-now-3"]
+
+
+def test_a_folder_may_hold_what_slurm_was_given(tmp_path: Path):
+    (tmp_path / "mine" / "slurm").mkdir(parents=True)
+    assert RunFolder.create(make_config(tmp_path, f"run_dir={tmp_path / 'mine'}")).path == tmp_path / "mine"
+
+
+def test_outside_of_slurm_a_driver_of_another_host_is_never_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr("or1_megatron.runfolder._LEAVE_S", -1.0)
+    run = RunFolder.create(make_config(tmp_path))
+    with ExitStack() as stack, monkeypatch.context() as there:
+        there.setattr("platform.node", lambda: "node3")
+        stack.enter_context(run.driven())
+        there.undo()
+        with pytest.raises(UserError, match="belongs to process .* on node3"):
+            stack.enter_context(run.driven())

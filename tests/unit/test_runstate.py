@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -138,3 +139,41 @@ def test_keep_newest_and_every_kth():
     assert outdated(paths, keep=2, keep_every=0) == paths[:4]
     assert outdated(paths, keep=2, keep_every=30) == [paths[0], paths[1], paths[3]]
     assert outdated(paths, keep=9, keep_every=0) == []
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(
+    tmp_path: Path, architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+):
+    """Float32 main weights, two moments and the model's own copy: 16 bytes a parameter."""
+    needed = 16 * architecture.num_parameters
+    free = [needed - 1, needed]
+    monkeypatch.setattr("or1_megatron.runstate.shutil.disk_usage", lambda _: SimpleNamespace(free=free.pop(0)))
+    with pytest.raises(UserError, match="disk full: a checkpoint needs"):
+        write(tmp_path, 1, architecture)
+    assert list(tmp_path.iterdir()) == []
+    assert write(tmp_path, 1, architecture).is_dir()
+
+
+def test_what_is_there_is_not_written_again(tmp_path: Path, architecture: Architecture):
+    before = (write(tmp_path, 3, architecture) / "files.json").stat().st_mtime_ns
+    assert (write(tmp_path, 3, architecture) / "files.json").stat().st_mtime_ns == before
+
+
+def test_all_newer_ones_that_are_damaged_are_set_aside_time_after_time(tmp_path: Path, architecture: Architecture):
+    write(tmp_path, 8, architecture)
+    for _ in range(2):
+        for step in (9, 10):
+            cut(write(tmp_path, step, architecture) / "driver.json")
+        assert len(newest(tmp_path, architecture, [4, 16]).set_damaged_aside()) == 2
+        assert [path.name for path in completed(tmp_path)] == ["step-000008"]
+
+
+def test_a_write_that_cannot_begin_leaves_nothing(tmp_path: Path, architecture: Architecture):
+    class Dead(OneFile):
+        def begin_save(self, directory: Path) -> None:
+            raise UserError("a rank is dead")
+
+    checkpoints = Checkpoints(tmp_path, Dead(), architecture, keep=2, keep_every=0)
+    with pytest.raises(UserError, match="a rank is dead"):
+        checkpoints.begin(state_after(1, architecture))
+    assert list(tmp_path.iterdir()) == []

@@ -14,7 +14,7 @@ from or1_megatron.errors import UserError
 from or1_megatron.responses import response_table, write_responses
 from or1_megatron.scoring import LONGEST_CONTEXT, configuration, evaluate, rescore
 from or1_megatron.sections import RewardConfig
-from or1_megatron.types import Group, Prompt, Sample
+from or1_megatron.types import Group, Prompt, Sample, Verdict
 from tests.tiny_models import write_tiny_model
 
 
@@ -133,3 +133,52 @@ def test_a_file_that_is_no_responses(tmp_path: Path):
     (tmp_path / "plain.jsonl").write_text('{"response": "2", "ground_truth": "2"}')
     with pytest.raises(UserError, match=r"plain.jsonl is no file of `or1 eval`.*or1 verify"):
         rescore(tmp_path / "plain.jsonl", RewardConfig(num_workers=1))
+
+
+def test_only_the_first_problems_of_each_set(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    lines = [f'{{"question": "{n} + 1?", "answer": "{n + 1}"}}' for n in range(3)]
+    (tmp_path / "b.jsonl").write_text("\n".join(lines))
+    row = {"prompt": "1 + 1 =", "reward_model": {"ground_truth": "2"}}
+    (tmp_path / "h.jsonl").write_text("\n".join([json.dumps(row)] * 3))
+    seen = []
+    table = response_table([group("a", ["2"], ["correct"])])
+    monkeypatch.setattr(
+        "or1_megatron.scoring._answer_all", lambda config, sets: seen.append(list(map(len, sets.values()))) or [table]
+    )
+    for number, limit in enumerate((0, 2)):
+        evaluate(model, [str(tmp_path / "b.jsonl")], limit=limit, out=tmp_path / f"b{number}.parquet")
+        files = [f"evaluation.files=[{tmp_path / 'h.jsonl'}]"]
+        evaluate(model, [], limit=limit, out=tmp_path / f"h{number}.parquet", overrides=files)
+    assert seen == [[3], [3], [2], [2]]
+
+
+def test_a_context_beyond_what_the_paper_evaluates_is_not_taken_by_itself(model: Path, tmp_path: Path):
+    for file in model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 4 * LONGEST_CONTEXT}))
+    with configuration(tmp_path, []) as found:
+        assert found.rollout.context_length == LONGEST_CONTEXT
+
+
+def test_a_run_is_evaluated_in_the_context_of_its_widest_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("or1_megatron.scoring.export", lambda run, step, out: out)
+    (tmp_path / "config.yaml").write_text(
+        "model: {path: /m}\nsteps: 2\nstages: [{until: 1, context_length: 64}, {until: 2, context_length: 128}]\n"
+        "rollout: {context_length: 32}\n"
+    )
+    with configuration(tmp_path, []) as config:
+        assert config.rollout.context_length == 128
+
+
+def test_a_check_that_failed_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    groups = [group("a", ["2"], ["correct"]), group("b", ["3"], ["correct"])]
+    write_responses(tmp_path / "r.parquet", groups, step=4)
+    verdicts = [Verdict("infrastructure_error", 0.0), Verdict("correct", 0.0)]
+    monkeypatch.setattr("or1_megatron.scoring.score_rows", lambda *_: (verdicts, None))
+    rescore(tmp_path / "r.parquet", RewardConfig(num_workers=1), tmp_path / "new.parquet")
+    said = capsys.readouterr().out
+    assert "step 4: 1 problems x 1 responses" in said and "avg@1    100.00 %" in said
+    assert parquet.read_table(tmp_path / "new.parquet")["reward"].to_pylist() == [0.0, 1.0]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from reference_solutions import FOLDER
 
-from or1_megatron.data.benchmarks import INSTRUCTION, NAMES, benchmark_rows, checked_function
+from or1_megatron.data.benchmarks import INSTRUCTION, NAMES, benchmark_rows, checked_function, problem
 from or1_megatron.errors import UserError
 from or1_megatron.reward.problem import code_tests
 
@@ -100,3 +100,23 @@ def test_a_checker_where_any_order_will_do(asked: str, test: str, checked: bool)
         check = names["check"]
         assert check([], [2, 1], [1, 2]) and check([], [[2], "a"], ["a", [2]]) and check([], "ab", "ab")
         assert not check([], [2, 2], [1, 2]) and not check([], "ba", "ab") and not check([], [1], 1)
+
+
+@pytest.mark.parametrize(
+    ("ability", "asked", "told"),
+    [("math", "1 + 1?", True), ("math", "1 + 1? Use \\boxed{}.", False), ("code", "Add two numbers.", False)],
+)
+def test_where_the_answer_goes_is_told_once_and_of_mathematics_only(ability: str, asked: str, told: bool):
+    row = {"prompt": [{"role": "user", "content": asked}], "reward_model": {"ground_truth": "2"}, "ability": ability}
+    assert problem("here", row)["prompt"][-1]["content"] == asked + INSTRUCTION * told
+
+
+def test_a_result_of_two_lists_has_no_checker():
+    row = {"prompt": "", "test": PLAIN, "entry_point": "f", "query": "Return both lists in any order."}
+    assert "checker" in checked_function(row)
+    assert "checker" not in checked_function({**row, "task_id": "find-the-difference-of-two-arrays"})
+
+
+def test_what_assertions_need_before_them_is_kept():
+    row = {"text": "Add.", "test_list": ["assert add(1) == 2"], "test_setup_code": "import math"}
+    assert json.loads(problem("here", row)["reward_model"]["ground_truth"])["test_setup_code"] == "import math"

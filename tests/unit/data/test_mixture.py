@@ -81,3 +81,27 @@ def test_weights_must_fit_the_files(weights: list[float]):
     data = {"train": ["a.jsonl", "b.jsonl"], "weights": weights}
     with pytest.raises(UserError, match=r"data.weights=.*each of the 2 files"):
         from_tree([("t", {"model": {"path": "/m"}, "data": data})])
+
+
+def test_the_source_with_the_largest_share_comes_first():
+    assert make((1.0, 3.0)).take(1)[0] in CODE
+
+
+def test_a_state_is_not_changed_by_what_is_dealt_later():
+    """A checkpoint's files are written while the next rollout is under way."""
+    first, second = make(), make()
+    first.take(5)
+    state = first.state_dict()
+    before = json.dumps(state)
+    first.take(5)
+    second.load_state_dict(state)
+    second.take(5)
+    assert json.dumps(state) == before
+
+
+def test_the_shares_of_those_that_are_left_are_exact():
+    more = [Prompt(f"d{i}", "", (i,), ("",)) for i in range(3)]
+    mixture = PromptMixture([MATH, CODE, more], [2.0, 1.0, 1.0], seed=5)
+    mixture.take(40)
+    mixture.drop([prompt.uid for prompt in more])
+    assert abs(sum(prompt in MATH for prompt in mixture.take(30)) - 20) <= 1

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from tokenizers.processors import TemplateProcessing
 
 from or1_megatron.architecture import read_architecture
-from or1_megatron.data.prompts import Difficulty, PromptStream, load_prompts, load_tokenizer
+from or1_megatron.data.prompts import Difficulty, PromptStream, load_prompts, load_tokenizer, prompts_of
 from or1_megatron.errors import UserError
 from or1_megatron.types import Prompt
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import BOS, write_tiny_model
 
 GOOD = {"data_source": "s", "prompt": "1 + 1 =", "reward_model": {"ground_truth": "2"}}
 
@@ -61,6 +63,7 @@ def test_parquet_equals_jsonl(tmp_path: Path, tokenizer) -> None:
         ({"prompt": "cut \ud83d", "reward_model": {"ground_truth": "1"}}, r"line 2: .*ud83d.* is half a sign"),
         ({"prompt": "x", "reward_model": {"ground_truth": "\ud83d"}}, r"line 2: .*ud83d.* is half a sign"),
         ({"prompt": "x" * 80, "reward_model": {"ground_truth": "1"}}, "line 2: the prompt has 80 tokens"),
+        ({"prompt": "x" * 64, "reward_model": {"ground_truth": "1"}}, "line 2: .* leaves no room for a response"),
     ],
 )
 def test_bad_rows_are_named(row: object, message: str, tmp_path: Path, tokenizer) -> None:
@@ -123,3 +126,38 @@ def test_only_problems_of_the_wanted_difficulty(tmp_path: Path, tokenizer):
         load_prompts(file, tokenizer, context_length=64, wanted=Difficulty("1B", 1, 15))
     with pytest.raises(UserError, match=r"line 1: .* has no number for 7B"):
         load_prompts(write(tmp_path / "q.jsonl", GOOD), tokenizer, context_length=64, wanted=Difficulty("7B", 1, 15))
+
+
+def test_a_tokenizer_as_large_as_the_model_fits(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", "llama", tied=True, vocab=259)
+    assert len(load_tokenizer(str(model), read_architecture(model))) == 259
+
+
+def test_the_suffix_ends_the_last_message_and_the_row_stays_as_it_is(tokenizer) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1?"}]
+    row = {"prompt": messages, "reward_model": {"ground_truth": "2"}}
+    before = json.dumps(row)
+    for _ in range(2):
+        (prompt,) = prompts_of([("here", row)], "s", tokenizer, 64, " Box it.")
+        assert prompt.text == "system: Be brief.\nuser: 1 + 1? Box it.\nassistant: "
+    assert json.dumps(row) == before
+
+
+def test_a_list_of_numbers_is_one_answer(tokenizer) -> None:
+    row = {"prompt": "Roots?", "reward_model": {"ground_truth": "[1, 2]"}}
+    (prompt,) = prompts_of([("here", row)], "s", tokenizer, 64)
+    assert prompt.ground_truth == ("[1, 2]",)
+
+
+def test_a_prompt_has_no_tokens_but_those_of_its_text(model: Path) -> None:
+    """A chat template writes what has to stand at the beginning; a tokenizer would put it there once more."""
+    adding: Any = load_tokenizer(str(model), read_architecture(model))
+    adding.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+    assert adding.encode("1") == [BOS, ord("1")]
+    (prompt,) = prompts_of([("here", {"prompt": "1", "reward_model": {"ground_truth": "2"}})], "s", adding, 64)
+    assert prompt.tokens == (ord("1"),)
+
+
+def test_the_seed_is_the_order() -> None:
+    prompts = [Prompt(str(i), "", (i,), ("",)) for i in range(7)]
+    assert len({tuple(p.uid for p in PromptStream(prompts, seed=seed).take(7)) for seed in range(10)}) > 5

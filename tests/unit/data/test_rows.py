@@ -124,3 +124,18 @@ def test_files_of_a_data_set_on_the_hub_by_their_whole_path(tmp_path: Path, monk
     assert hub_files("o/n:main/*", ["*"]) == [tmp_path / "main/test-0.parquet"]
     with pytest.raises(UserError, match="has sets of its own in data/test, main; name one: o/n:FOLDER/PATTERN"):
         list(benchmark_rows("o/n", None))
+
+
+@pytest.mark.parametrize("most", [100, 2**20])
+def test_memory_of_a_parquet_file_is_that_of_the_rows_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+):
+    """A row larger than that is read alone."""
+    monkeypatch.setattr(rows, "_PARQUET_BYTES", most)
+    wide = pyarrow.Table.from_pylist([{"text": f"{number:010000}"} for number in range(1000)])
+    parquet.write_table(wide, tmp_path / "a.parquet")
+    tracemalloc.start()
+    assert sum(1 for _ in read_rows(tmp_path / "a.parquet")) == 1000
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 * 2**20

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from or1_megatron.parallel.bucket import ALIGNMENT, checksum, pack_buckets, plan_buckets, slot_view, unpack_bucket
+from or1_megatron.errors import RunFailure
+from or1_megatron.parallel.bucket import (
+    ALIGNMENT,
+    checksum,
+    compare_checksums,
+    pack_buckets,
+    plan_buckets,
+    slot_view,
+    unpack_bucket,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool, torch.float8_e4m3fn]
 
@@ -99,3 +109,18 @@ def test_checksums_of_parts_add_up() -> None:
     changed = tensor.clone()
     changed[3, 3] += 1e-3
     assert checksum(changed) != checksum(tensor)
+
+
+def test_what_fits_exactly_is_in_the_same_bucket():
+    names = ["a", "b", "c", "d", "e"]
+    planned, _ = plan_buckets(dict.fromkeys(names, (32,)), torch.bfloat16, 128)
+    packed = list(pack_buckets([(name, torch.zeros(16)) for name in names], 128))
+    for buckets in (planned, [bucket.slots for bucket in packed]):
+        assert [[slot.name for slot in slots] for slots in buckets] == [["a", "b"], ["c", "d"], ["e"]]
+
+
+def test_checksums_are_compared_modulo_2_to_the_64_and_none_may_be_missing():
+    compare_checksums({"a": 2**63 - 1, "b": 5}, {"a": -(2**63) - 1, "b": 5 + 2**64, "more": 1})
+    for arrived in ({"a": 3}, {"a": 3, "b": 4}):
+        with pytest.raises(RunFailure, match="b arrived with another checksum"):
+            compare_checksums({"a": 3, "b": 5}, arrived)

@@ -41,3 +41,28 @@ def test_freed_memory_is_kept_until_it_is_trimmed() -> None:
     assert left["faults"] > 10_000, "malloc keeps large tensors by itself: this test shows nothing"
     assert kept["faults"] < 100
     assert kept["given back"] > 40 << 20
+
+
+THREAD = """
+import resource, threading, torch
+from or1_megatron.parallel.host_memory import keep_freed_memory
+
+def work():
+    for _ in range(10):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        large, last = [torch.ones(12 << 20) for _ in range(3)], torch.ones(1 << 20)
+        del large, last
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+faults = []
+keep_freed_memory()
+thread = threading.Thread(target=work)
+thread.start()
+thread.join()
+print(faults[-1])
+"""
+
+
+def test_what_another_thread_frees_is_kept_too() -> None:
+    done = subprocess.run([sys.executable, "-c", THREAD], check=True, capture_output=True, text=True)
+    assert int(done.stdout) < 100

@@ -71,3 +71,16 @@ def test_every_bit_comes_back(family: str, tied: bool, tp: int, pp: int, dtype: 
         for name, tensor in arrived:
             assert torch.equal(tensor.view(torch.uint8), tensors[name].view(torch.uint8)), name
     assert senders == set(range(tp * pp)), "a rank sends nothing"
+
+
+def test_a_sender_is_a_tensor_rank_of_a_stage() -> None:
+    """Sender s holds the part s % tp of what lies on stage s // tp."""
+    columns, stages = {}, {}
+    for bucket in plan_packed(architecture("llama", tied=False), tp=2, pp=2, dtype=torch.bfloat16, bucket_bytes=4000):
+        for sender, boxes in enumerate(bucket.boxes):
+            for box in boxes:
+                stages.setdefault(box.name, set()).add(sender // 2)
+                columns[box.name, sender] = box.start[1]
+    layer = "model.layers.{}.mlp.down_proj.weight"
+    assert [stages[layer.format(i)] for i in range(4)] == [{0}, {0}, {1}, {1}]
+    assert [columns[layer.format(i // 2 * 2), i] for i in range(4)] == [0, 12, 0, 12]

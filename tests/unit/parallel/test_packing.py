@@ -299,3 +299,16 @@ def test_types_of_a_pack():
 def test_our_own_mistakes_are_caught(broken: Sequence):
     with pytest.raises(AssertionError):
         pack([Sequence((1, 2), 1, 1.0, (-0.1,)), broken], [0, 1], alignment=1)
+
+
+def test_the_work_of_a_shared_prompt_counts_once():
+    """A pair of 40 tokens with 30 in common costs 40^2 + 40^2 - 30^2 = 2300, a sequence of 60 costs 3600."""
+    lengths, shared = [40] * 16 + [60], [0, 30] * 8 + [0]
+    layout = plan(lengths, num_ranks=1, token_budget=320, linear_work=0.0, shared=shared)
+    assert layout.micro_batch_imbalance == pytest.approx(5 * 2300 / ((8 * 2300 + 3600) / 2))
+
+
+def test_a_bundle_begins_with_its_longest_sequence():
+    layout = plan([10, 30, 20] * 8, num_ranks=1, token_budget=4000, linear_work=1.0, shared=[0, 5, 5] * 8)
+    ((ids,),) = layout.micro_batches
+    assert [i % 3 for i in ids] == [1, 2, 0] * 8

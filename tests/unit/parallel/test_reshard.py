@@ -178,3 +178,16 @@ def test_actor_degree_that_does_not_divide() -> None:
         actor_layout(QWEN, tp=8, pp=1)
     with pytest.raises(UserError, match=r"parallel.pp=2 does not divide the model's 3 layers"):
         actor_layout(replace(QWEN, num_layers=3), tp=1, pp=2)
+
+
+def test_a_tied_head_is_a_parameter_of_the_last_stage() -> None:
+    """On one stage it is the embedding itself."""
+    one, two = (actor_layout(replace(QWEN, tied=True), tp=1, pp=pp) for pp in (1, 2))
+    last = [{shard.name for shard in layout[0, stage]} for layout, stage in ((one, 0), (two, 1))]
+    assert ["output_layer.weight" in names for names in last] == [False, True]
+
+
+@pytest.mark.parametrize(("tp", "cut"), [(3, {"num_heads": 6, "num_kv_heads": 3}), (8, {"ffn_hidden_size": 20})])
+def test_engine_degree_that_cuts_the_vocabulary_or_the_ffn_unevenly(tp: int, cut: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=rf"tp={tp} cannot hold"):
+        engine_layout(replace(QWEN, **cut), tp=tp)

@@ -89,3 +89,19 @@ def test_torn_bytes_are_refused(tmp_path: Path) -> None:
     for start, length in ((0, len(content) - 40), (9, len(content) - 9)):
         with pytest.raises(UNREADABLE):
             map_tensor(mapped, start, length)
+
+
+@pytest.mark.parametrize(("compression", "fewer"), [(zipfile.ZIP_DEFLATED, 0), (zipfile.ZIP_STORED, 4)])
+def test_numbers_that_are_packed_or_too_few_are_refused(compression: int, fewer: int, tmp_path: Path) -> None:
+    """What stands there instead would be read as numbers."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(saved(torch.randn(100)))) as whole, zipfile.ZipFile(buffer, "w") as made:
+        for name in whole.namelist():
+            content = whole.read(name)
+            if name.endswith("/data/0"):
+                made.writestr(name, content[: len(content) - fewer], compression)
+            else:
+                made.writestr(name, content)
+    content = buffer.getvalue()
+    with pytest.raises(zipfile.BadZipFile, match="does not hold 100 numbers"):
+        map_tensor(map_of(tmp_path / "file", content), 0, len(content))

@@ -10,7 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from or1_megatron.architecture import read_architecture
+from or1_megatron.parallel.packing import pack
 from or1_megatron.profiling.flops import Tokens, forward_flops, training_flops
+from or1_megatron.types import Sequence
 from tests.tiny_models import write_tiny_model
 
 
@@ -51,3 +53,14 @@ def test_the_head_at_predicted_positions_and_a_shared_prompt_once(tmp_path: Path
     assert shared.in_layers == 9 + (1 + 3) + (1 + 5)
     prompt_alone = forward_flops(a, Tokens([9], 0))
     assert forward_flops(a, shared) == forward_flops(a, Tokens([13, 15], 8)) - prompt_alone
+
+
+def test_a_token_sees_itself(tmp_path: Path) -> None:
+    a = read_architecture(write_tiny_model(tmp_path, "llama", tied=True))
+    assert forward_flops(a, Tokens([1])) == forward_flops(a, Tokens([1]), causal=False)
+
+
+def test_tokens_of_packs_are_those_that_are_computed() -> None:
+    sequences = [Sequence((1, 2, 3, 4), 3, 1.0, None), Sequence((1, 2, 3, 5, 6), 3, 1.0, None)]
+    batch = pack(sequences, [0, 1], alignment=8, share_prompts=True)
+    assert Tokens.of(sequences, [batch]) == Tokens([4, 5], 3, [2])

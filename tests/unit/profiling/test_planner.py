@@ -84,3 +84,43 @@ def test_lengths_keep_limit_and_group():
     assert sum(spread) < 0.5 * sum(mixed)  # most of the variance lies between prompts
     drawn = Measured(((5, 6), (90, 80)), "run").draw(20, 4, 85, random.Random(0))
     assert all(set(group) <= {5, 6} or set(group) <= {85, 80} for group in drawn)
+
+
+def test_traffic_is_bytes_over_the_link():
+    """What computes in no time and has no network to cross: 64,000 tokens, 28 layers."""
+    slow = H800.replaced(peak_flops=1e40, optimizer_step_s=0.0, link=1e9, network=1e40)
+    tokens = Tokens([1000] * 64)
+
+    def seconds(layout: Layout, tokens: Tokens = tokens, steps: int = 0) -> float:
+        return update_seconds(MODEL, tokens, steps, layout, slow)
+
+    hidden = 64_000 / 8 * 28 * 2 * 4 * 3584 * 3 / 4 / 1e9  # of eight replicas; three of four parts are others'
+    assert seconds(Layout(32, tp=4)) == pytest.approx(4 * hidden)
+    assert seconds(Layout(32, tp=4, recompute=False)) == pytest.approx(3 * hidden)
+    keys = 64_000 / 16 / 2 * 28 * 2 * 2 * 4 * 128 / 1e9  # of sixteen replicas of two ranks
+    assert seconds(Layout(32, cp=2)) == pytest.approx(4 * keys)
+    gradients = 6 * MODEL.num_parameters * 7 / 8 / 1e9
+    assert seconds(Layout(8), Tokens([]), 2) == pytest.approx(2 * gradients)
+
+
+def test_a_replica_has_at_least_one_micro_batch():
+    tokens = Tokens([1000] * 64)
+    ideal = H800.replaced(optimizer_step_s=0.0, link=1e30, network=1e30)
+    whole = update_seconds(MODEL, tokens, 1, PLACE, ideal)
+    assert update_seconds(MODEL, tokens, 1, replace(PLACE, pp=4, token_budget=10**6), ideal) == pytest.approx(4 * whole)
+
+
+def test_what_an_overlap_cannot_hide_is_scored_afterwards():
+    costs = replace(costs_of(MODEL, PLACE, H800), scoring_s=100.0)
+    full, hidden = (predict(replace(WORK, overlaps_scoring=overlaps), costs) for overlaps in (False, True))
+    assert hidden.scoring == pytest.approx(full.scoring - full.rollout)
+
+
+def test_engines_share_a_push_and_responses_end_at_their_limit():
+    one, two = (costs_of(MODEL, replace(PLACE, engine_tp=tp), H800) for tp in (1, 2))
+    assert one.sync == pytest.approx(2 * two.sync)
+    assert predict(replace(WORK, max_response_length=10), one).tokens == 32 * 8 * 10
+
+
+def test_a_response_has_at_least_one_token():
+    assert {min(group) for group in LogNormal(1, 3.0, 0.0).draw(20, 20, 99, random.Random(0))} == {1}

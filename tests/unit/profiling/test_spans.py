@@ -113,3 +113,25 @@ def test_clock_offset_is_within_its_error():
 def test_within_cuts_to_the_window():
     spans = [Span("a", 0, 10, 0), Span("b", 10, 30, 0), Span("c", 30, 31, 0)]
     assert within(spans, 5, 30) == [Span("a", 5, 10, 0), Span("b", 10, 30, 0)]
+
+
+def test_what_is_drained_inside_a_span_is_not_idle():
+    spans = Spans(idle=True)
+    with spans.span("update"):
+        assert [span.name for span in spans.drain().spans] == [IDLE]  # up to the span
+        assert spans.drain().spans == []
+
+
+def test_counts_are_told_once_and_the_newest_stay():
+    spans = Spans(capacity=2)
+    for value in range(5):
+        spans.count("responses", value)
+    record = spans.drain()
+    assert [count.value for count in record.counts] == [3, 4] and record.lost == 3
+    assert spans.drain().counts == []
+
+
+def test_an_odd_round_trip_is_rounded_up():
+    """Taken at the beginning or at the end of five nanoseconds: 0 or 5 ahead."""
+    offset, error = clock_offset([(0, 0, 5)])
+    assert offset - error <= 0 and offset + error >= 5

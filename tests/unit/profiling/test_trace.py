@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from or1_megatron.profiling.spans import Count, Record, Span
-from or1_megatron.profiling.trace import lanes, merged, trace_text
+from or1_megatron.profiling.trace import lanes, merged, trace_events, trace_text
 
 
 def test_overlapping_checks_get_lanes_of_their_own():
@@ -29,3 +29,9 @@ def test_times_start_at_the_first_record_in_microseconds():
 def test_merged_keeps_order_and_the_highest_mark():
     both = merged([Record([Span("a", 0, 1, 0)], [], 1, 7), Record([Span("b", 1, 2, 0)], [], 0, 5)])
     assert [span.name for span in both.spans] == ["a", "b"] and (both.lost, both.peak_bytes) == (1, 7)
+
+
+def test_a_count_may_be_the_first_record():
+    records = {"engine0": Record([Span("generate", 5_000, 9_000, 0)], [Count("responses", 3_000, 3, 0)], 0)}
+    found = {event["ph"]: event["ts"] for event in trace_events(records) if event["ph"] in "XC"}
+    assert found == {"C": 0, "X": 2}

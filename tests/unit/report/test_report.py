@@ -18,6 +18,7 @@ from or1_megatron import cli
 from or1_megatron.profiling.spans import Count, Record, Span
 from or1_megatron.profiling.trace import trace_text
 from or1_megatron.recipe import load
+from or1_megatron.report import rundata
 from or1_megatron.report.advice import advice
 from or1_megatron.report.page import page
 from or1_megatron.report.rundata import read_run, tail_of
@@ -199,3 +200,57 @@ def test_in_a_browser(tmp_path: Path):
                 assert (light + 0.05) / (dark + 0.05) > 7  # contrast of text
                 assert (luminance(seen["colours"][1]) > 0.5) == (scheme == "light")
         browser.close()
+
+
+def test_lengths_are_of_the_newest_files_and_the_limit_of_responses_that_were_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(rundata, "NEWEST_FILES", 2)
+    folder = RunFolder.open(make_run(tmp_path, "long"))
+    prompt = Prompt("p", "x", (1,), ("1",))
+    folder.save_rollouts(1, [Group(prompt, [Sample(prompt, 0, np.ones(999), np.zeros(0), "", "length", 0, "wrong")])])
+    run = read_run(folder.path)
+    assert len(run.lengths) == 2 * 8 and max(run.lengths) == 95
+    assert run.limit == 95, "75 tokens is the longest response that ended by itself"
+    folder.close()
+
+
+def test_in_older_runs_checkpoints_were_no_part_of_a_step(tmp_path: Path):
+    folder = RunFolder.open(make_run(tmp_path, "old", steps=0))
+    seconds = {"step": 10.0, "rollout": 7.0, "update": 1.5, "evaluation": 0.5, "save": 4.0}
+    folder.log_metrics(1, {f"seconds/{name}": value for name, value in seconds.items()})
+    assert read_run(folder.path).total("seconds/others") == 10 - 7 - 1.5 - 0.5 + 4
+    folder.close()
+
+
+def test_an_example_is_the_end_of_a_response():
+    row = {"uid": "a", "prompt": "?", "response": "a" * 2000 + "the end", "verdict": "wrong", "reward": 0.0}
+    (shown,) = rundata.examples([{**row, "length": 9}])
+    assert shown.response.endswith("athe end") and shown.cut + len(shown.response) == 2007
+
+
+def test_engines_wait_for_the_slowest_and_one_that_the_trace_cuts_off_counts_for_nothing():
+    def engine(*counts: tuple[int, int]) -> Record:
+        return Record([], [Count("responses", at * SECOND, left, 0) for at, left in counts], 0)
+
+    driver = Record([Span("rollout", 0, 10 * SECOND, 1)], [], 0)
+    records = {"driver": driver, "engine0": engine((0, 40), (8, 0)), "engine1": engine((0, 40), (4, 0))}
+    tail = tail_of(json.loads(trace_text(records, {})))
+    assert tail is not None and tail.waiting == pytest.approx(1 - (8 + 4) / (2 * 8))
+    assert tail == tail_of(json.loads(trace_text({**records, "engine2": engine((0, 40), (9, 20))}, {})))
+
+
+def test_advice_rests_on_the_worst_step_and_on_the_newest(tmp_path: Path):
+    run = read_run(make_run(tmp_path, "one"))
+    for row in run.steps[1:]:
+        row["mismatch/ess"] = 0.99
+    for row in run.steps:
+        row["idle"] = {"rank0": 8.0, "engine0": 4.0}
+    run.steps[-1]["entropy/signal"] = 0.05
+    said = " ".join(advice(run))
+    assert "only 90% of the tokens count" in said and "Entropy ended at 0.050" in said
+    assert "The actor ranks are idle 80%" in said and "The engines are idle 40%" in said
+    run.folder.config.entropy.rule = "fixed"
+    del run.steps[0]["idle"]
+    said = " ".join(advice(run))
+    assert "Entropy ended" not in said and "are idle" not in said, "no controller; not known of every step"

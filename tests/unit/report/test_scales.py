@@ -30,3 +30,7 @@ def test_positions_labels_and_thinning():
     few = thinned(points, 300)
     assert thinned(points, 300, largest=True)[0] == (1.5, 1.0)
     assert len(few) == 250 and few[0] == (1.5, 0.5) and thinned(points[:300], 300) == points[:300]
+
+
+def test_a_sum_that_is_not_quite_round_gets_no_tick_more():
+    assert ticks(0, 0.1 + 0.2) == [0, 0.1, 0.2, 0.3]

@@ -33,3 +33,7 @@ def test_unbiased_standard_deviation(rewards: list[float]):
 def test_equal_rewards_give_exactly_zero(reward: float, size: int):
     """Also where the mean of equal numbers is not that number: 3 * 0.1 / 3."""
     assert group_advantages([reward] * size) == [0.0] * size
+
+
+def test_a_group_of_which_nothing_counts_has_no_advantage():
+    assert group_advantages([0.0, 1.0], [True, True], mask="before") == [0.0, 0.0]

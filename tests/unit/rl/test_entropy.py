@@ -120,3 +120,8 @@ def test_resumed_released_controller_goes_on_as_if_never_stopped(saved_after: in
         first.alpha(entropy)
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert [second.alpha(entropy) for entropy, _, _ in PAPER[saved_after:]] == expected[saved_after:]
+
+
+def test_only_a_fixed_coefficient_begins_outside_of_the_clamp():
+    assert make("fixed", initial=2.0).alpha(0.1) == 2.0
+    assert make("paper", initial=2.0).alpha(0.1) == 1.0

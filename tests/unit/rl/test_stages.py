@@ -132,3 +132,33 @@ def test_a_bad_table_gets_one_line(table: list[dict], words: str):
 def test_steps_beyond_the_table_are_refused():
     with pytest.raises(UserError, match="steps=10 is above until=9"):
         make(steps=10)
+
+
+def test_each_stage_has_a_patience_of_its_own():
+    stages = Stages(make([{"until": 90, "patience": 2}, {"until": 95, "patience": 2}, {"until": 99}]))
+    moved = []
+    for step in range(1, 12):
+        if stages.moves_on(step):
+            moved.append(step)
+        stages.record(0.5, responses=1, truncated=0)
+    assert moved == [5, 9]
+
+
+def test_a_state_is_not_changed_by_later_steps():
+    """A checkpoint's files are written while the run goes on."""
+    stages = Stages(make())
+    stages.record(0.5, responses=1, truncated=0)
+    state = stages.state_dict()
+    before = json.dumps(state)
+    stages.record(0.9, responses=1, truncated=0)
+    assert json.dumps(state) == before
+
+
+def test_a_resume_is_in_the_stage_that_was_running_or_in_the_last_that_is_left():
+    before, after, shorter = Stages(make()), Stages(make()), Stages(make(TABLE[:2]))
+    for step in range(1, 8):
+        before.moves_on(step)
+    after.load_state_dict(before.state_dict())
+    assert after.describe() == before.describe() and after.describe().startswith("stage 3 of 3 from step 6: ")
+    shorter.load_state_dict(before.state_dict())
+    assert shorter.describe().startswith("stage 2 of 2 ")
