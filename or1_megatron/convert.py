@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -83,20 +84,25 @@ def megatron_to_hf(
 
 
 def export(run: Path, step: int | None, out: Path | None, *, dtype: str | None = None) -> Path:
-    """Writes an HF directory from a run folder's checkpoint after `step` (None: the newest); returns where.
+    """Writes an HF directory from a run folder's checkpoint after `step` (None: the newest sound one); returns where.
 
     out: None is RUN/hf/step-NNNNNN. Raises UserError: no such checkpoint, and as `megatron_to_hf` does.
     """
     from or1_megatron.runfolder import RunFolder
-    from or1_megatron.runstate import completed
+    from or1_megatron.runstate import completed, damage_of
 
     folder = RunFolder.open(run)
     found = {int(path.name.removeprefix("step-")): path for path in completed(folder.checkpoints)}
     if not found:
         raise UserError(f"{folder.checkpoints} holds no complete checkpoint yet; nothing to export")
-    chosen = max(found) if step is None else step
-    if chosen not in found:
+    if step is not None and step not in found:
         raise UserError(f"--step {step}: {run} has no checkpoint of it; there is {', '.join(map(str, sorted(found)))}")
+    for chosen in sorted(found, reverse=True) if step is None else [step]:
+        if not (damage := damage_of(found[chosen])):
+            break
+        print(f"{found[chosen]} is damaged ({damage})", file=sys.stderr, flush=True)
+    else:
+        raise UserError(f"{folder.checkpoints} holds no sound checkpoint{'' if step is None else f' of step {step}'}")
     target = out or folder.path / "hf" / found[chosen].name
     megatron_to_hf(found[chosen] / "actor", Path(folder.config.model.path), target, dtype=dtype)
     return target

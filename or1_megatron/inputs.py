@@ -25,10 +25,9 @@ class Inputs:
     held_out: list[Prompt]
 
 
-def check_inputs(config: Config) -> Inputs:
-    """Reads them; raises UserError for everything that can be refused before a process is started."""
+def check_model(config: Config) -> Architecture:
+    """Whether engines can run it: degree, context, readable weights. Raises UserError."""
     architecture = read_architecture(config.model.path)
-    check_degrees(architecture, tp=config.parallel.tp, pp=config.parallel.pp)
     if architecture.num_heads % config.rollout.engine_tp:
         raise UserError(
             f"rollout.engine_tp={config.rollout.engine_tp} does not divide the model's {architecture.num_heads} "
@@ -40,18 +39,25 @@ def check_inputs(config: Config) -> Inputs:
             f"rollout.context_length={max(contexts)} is above the model's max_position_embeddings="
             f"{architecture.max_positions}; use at most that"
         )
+    with open_weights(Path(config.model.path), architecture):
+        pass  # opening them is the check
+    return architecture
+
+
+def check_inputs(config: Config) -> Inputs:
+    """Reads them; raises UserError for everything that can be refused before a process is started."""
+    architecture = check_model(config)
+    check_degrees(architecture, tp=config.parallel.tp, pp=config.parallel.pp)
     use_transformer_engine(config.model.transformer_impl, config.model.dtype)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"wandb={config.wandb} needs the package wandb: pip install 'or1_megatron[wandb]'")
     if config.profiling.tool == "nsys" and not has_cuda():
         raise UserError("profiling.tool=nsys needs a CUDA device, there is none here; use torch")
-    with open_weights(Path(config.model.path), architecture):
-        pass  # opening them is the check
     tokenizer = load_tokenizer(config.model.path, architecture)
     if not config.data.train:
         raise UserError("data.train is empty; name at least one problem file")
     check_names(config.data.train)
-    context, suffix = min(contexts), config.data.instruction_suffix
+    context, suffix = min(stage.rollout.context_length for stage in config.all_stages()), config.data.instruction_suffix
     files = [[name] for name in config.data.train] if config.data.weights else [config.data.train]
     data = config.data
     wanted = Difficulty(data.difficulty_model, *data.difficulty_range) if data.difficulty_model else None

@@ -21,6 +21,7 @@ from or1_megatron.profiling.planner import DRAWS, Layout, StepTime, Work, costs_
 from or1_megatron.rl.filter import informative_share
 from or1_megatron.runfolder import RunFolder
 
+_MOST_GPUS = 65_536
 MOST_GROUPS = 4000  # of a run folder's, the newest: enough for a distribution
 
 
@@ -259,6 +260,6 @@ def parse_gpus(text: str) -> list[int]:
         found = [int(word) for word in text.split(",")]
     except ValueError:
         found = []
-    if not found or min(found) < 1:
-        raise UserError(f"--gpus {text}: give numbers of GPUs, such as 32,64,128")
+    if not found or min(found) < 1 or max(found) > _MOST_GPUS:
+        raise UserError(f"--gpus {text}: give numbers of GPUs up to {_MOST_GPUS}, such as 32,64,128")
     return found

@@ -23,6 +23,16 @@ class _Loader(yaml.SafeLoader):
         for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        """YAML itself would keep the last of equal keys and drop the others, a whole block at once."""
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if key.value in lines and isinstance(key, yaml.ScalarNode):
+                raise yaml.YAMLError(f"{key.value} comes twice, in lines {lines[key.value]} and {line}; join them")
+            lines[str(key.value)] = line
+        return super().construct_mapping(node, deep)
+
 
 def load(recipe: str | Path, overrides: list[str] | None = None) -> Config:
     """Recipe file + `key=value` overrides -> validated Config. Raises UserError, one line each.
@@ -36,6 +46,9 @@ def layers(path: Path, inheriting: tuple[Path, ...]) -> list[tuple[str, dict]]:
     """(origin, tree) of the recipe and of those it inherits from, the farthest first."""
     if path.resolve() in inheriting:
         raise UserError(f"recipe {path} inherits from itself: {' -> '.join(map(str, (*inheriting, path.resolve())))}")
+    if path.is_dir():
+        run = f"; of a run: or1 train --resume {path}" if (path / "config.yaml").is_file() else ""
+        raise UserError(f"recipe {path} is a folder; give a YAML file{run}")
     if not path.is_file():
         raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/")
     try:

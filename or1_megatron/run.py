@@ -25,7 +25,7 @@ from or1_megatron.rollout.schedule import LengthHistory
 from or1_megatron.runfolder import RunFolder
 from or1_megatron.runstate import Checkpoints, Found, RunState
 from or1_megatron.timeline import Timeline
-from or1_megatron.types import Group, group_as_dict, group_from_dict
+from or1_megatron.types import Group, Prompt, group_as_dict, group_from_dict
 from or1_megatron.update import Updater
 
 
@@ -59,7 +59,7 @@ class Run:
         keep = {"keep": config.keep_checkpoints, "keep_every": config.keep_every}
         self.checkpoints = Checkpoints(folder.checkpoints, cluster, self.architecture, **keep)
         self._peak_flops = cluster.peak_flops()
-        self._probe_tokens = list(inputs.sources[0][0].tokens[:256])
+        self._probe_tokens = probe_tokens(inputs.sources[0])
 
     def state_after(self, step: int) -> RunState:
         return RunState(
@@ -242,6 +242,12 @@ def entropy_controller(config: Config) -> EntropyController:
         minimum=rule.min,
         maximum=rule.max,
     )
+
+
+def probe_tokens(prompts: list[Prompt]) -> list[int]:
+    """Of the first problem with two tokens at least, as the first has no log-prob."""
+    tokens = next((prompt.tokens for prompt in prompts if len(prompt.tokens) > 1), 2 * prompts[0].tokens)
+    return list(tokens[:256])
 
 
 def group_sizes(config: Config) -> list[int]:

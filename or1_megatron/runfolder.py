@@ -83,8 +83,6 @@ class RunFolder:
         self.rollouts = path / "rollouts"
         self.history = path / "history"
         self.evaluations = path / "evaluations"
-        for folder in (self.logs, self.checkpoints, self.rollouts, self.history):
-            folder.mkdir(exist_ok=True)
         self._metrics = path / "metrics.jsonl"
         self._first_step: int | None = None
         self._tensorboard: SummaryWriter | None = None
@@ -112,7 +110,9 @@ class RunFolder:
             _write(path / "git.json", json.dumps(state, indent=2) + "\n")
         # Last: a folder that has config.yaml is complete.
         _write(path / "config.yaml", to_yaml(config))
-        return cls(path, config)
+        made = cls(path, config)
+        made._make_folders()
+        return made
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -126,6 +126,10 @@ class RunFolder:
             )
         return cls(path, load(path / "config.yaml"))
 
+    def _make_folders(self) -> None:
+        for folder in (self.logs, self.checkpoints, self.rollouts, self.history):
+            folder.mkdir(exist_ok=True)
+
     @contextmanager
     def driven(self) -> Iterator[None]:
         """For the one process that may write here. Raises UserError while there is another.
@@ -134,6 +138,7 @@ class RunFolder:
         that one of the same Slurm job is taken for dead, as a job that has been requeued has no other. Where a file
         system has no locks nothing is refused.
         """
+        self._make_folders()
         path, me = self.path / "driver.lock", _Driver(platform.node(), os.getpid(), os.environ.get("SLURM_JOB_ID", ""))
         with path.open("a+") as file:
             end = time.monotonic() + _LEAVE_S

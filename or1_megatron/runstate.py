@@ -162,14 +162,14 @@ def newest(directory: Path, architecture: Architecture, group_sizes: list[int]) 
     """The newest sound checkpoint. Raises UserError: none there, or of another model or group size."""
     damaged: dict[Path, str] = {}
     for path in sorted(directory.glob("step-*"), reverse=True):
-        what = _damage(path)
+        what = damage_of(path)
         if not what:
             break
         damaged[path] = what
     else:
         found = "; ".join(f"{path.name}: {what}" for path, what in damaged.items())
         holds = f"only damaged checkpoints ({found})" if damaged else "no complete checkpoint"
-        raise UserError(f"{directory} holds {holds}; the run cannot be resumed, start it anew")
+        raise UserError(f"{directory} holds {holds}; the run cannot be resumed; remove the folder and start it anew")
     state = RunState(**json.loads((path / _DRIVER_FILE).read_text()))
     if state.model != asdict(architecture):
         differing = [key for key, value in asdict(architecture).items() if state.model.get(key) != value]
@@ -182,7 +182,8 @@ def newest(directory: Path, architecture: Architecture, group_sizes: list[int]) 
     return Found(path, state, damaged)
 
 
-def _damage(checkpoint: Path) -> str:
+def damage_of(checkpoint: Path) -> str:
+    """What is wrong with its files, in words; empty: nothing."""
     try:
         sums = json.loads((checkpoint / _SUMS_FILE).read_text())
     except (OSError, ValueError):

@@ -24,6 +24,7 @@ from or1_megatron.data.prompts import load_prompts, load_tokenizer, prompts_of
 from or1_megatron.display import Display
 from or1_megatron.errors import UserError
 from or1_megatron.evaluate import answers
+from or1_megatron.inputs import check_model
 from or1_megatron.parallel.file_sums import published
 from or1_megatron.recipe import from_tree, load, override_tree
 from or1_megatron.responses import response_table
@@ -52,6 +53,7 @@ def evaluate(
     if limit < 0:
         raise UserError(f"--limit {limit}: use 1 or more, or leave it out for all problems")
     with configuration(target, overrides or []) as config:
+        check_model(config)
         sets = _problem_sets(config, benchmarks, problems, limit)
         out = out or Path(config.runs_dir) / f"eval-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.parquet"
         if out.exists():

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
+from shlex import quote
 
 from or1_megatron.cluster import Cluster
 from or1_megatron.collect import rollout_metrics
@@ -36,6 +37,8 @@ def train(config: Config, resume: Path | None = None) -> int:
         folder = RunFolder.open(resume) if resume else RunFolder.create(config)
         with folder.driven():
             found = newest(folder.checkpoints, inputs.architecture, group_sizes(config)) if resume else None
+            if found and config.steps < found.state.step:
+                raise UserError(f"steps={config.steps} is below {found.path.name} to go on from; give more steps")
             _attempts(config, inputs, folder, found, isolation, stop)
     return 0
 
@@ -46,7 +49,7 @@ def _attempts(
     restarts = 0
     while True:
         if stop.requested:
-            again = f"; continue with: or1 train --resume {folder.path}" if found else ""
+            again = f"; continue with: or1 train --resume {quote(str(folder.path))}" if found else ""
             raise StopRequested(f"stopped before the next step{again}")
         try:
             return _attempt(config, inputs, folder, found, isolation, stop)
@@ -84,7 +87,7 @@ def _attempt(
             magic(run)
         except StopRequested:
             run.save()
-            again = f"or1 train --resume {folder.path}"
+            again = f"or1 train --resume {quote(str(folder.path))}"
             raise StopRequested(f"stopped after step {run.state.step}, saved it; continue with: {again}") from None
         finally:
             run.close()

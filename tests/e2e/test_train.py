@@ -18,7 +18,8 @@ import torch
 from pyarrow.parquet import read_table
 from safetensors.torch import load_file
 
-from or1_megatron.convert import hf_to_megatron, megatron_to_hf
+from or1_megatron.convert import export, hf_to_megatron, megatron_to_hf
+from or1_megatron.errors import UserError
 from or1_megatron.profiling.calibration import computing_seconds, events_by_step
 from or1_megatron.recipe import load
 from or1_megatron.runfolder import RunFolder
@@ -192,6 +193,12 @@ def test_two_stages_and_a_bitwise_resume(workplace: Path) -> None:
         megatron_to_hf(run / "checkpoints/step-000004/actor", workplace / "model", run / "hf")
     ours, theirs = (load_file(run / "hf" / "model.safetensors") for run in (straight, cut))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with (cut / "checkpoints/step-000004/actor/__0_0.distcp").open("r+b") as file:
+        file.seek(-200, os.SEEK_END)
+        file.write(bytes(range(100)))
+    assert export(cut, None, None) == cut / "hf" / "step-000003", "the newest sound one, as a resume would take"
+    with pytest.raises(UserError, match="holds no sound checkpoint of step 4"):
+        export(cut, 4, None)
     nothing_left(workplace)
 
 

@@ -165,6 +165,7 @@ def test_the_kept_share_follows_the_group_size():
     [
         (["--gpus", "many"], "--gpus many"),
         (["--gpus", "0"], "--gpus 0"),
+        (["--gpus", "8,100000000"], "numbers of GPUs up to 65536"),
         (["--gpus", "8", "--hardware", "abacus"], "h800, h100"),
         (["--gpus", "8", "--lengths", "no/such"], "MEDIAN,SIGMA"),
         (["--gpus", "8", "--kept", "0"], "--kept 0"),

@@ -88,6 +88,14 @@ def test_every_ablation_loads_and_differs_from_all_others():
     assert (released.rule, released.signal, released.delta, released.max) == ("released", "sampled", 1e-4, 0.005)
 
 
+def test_a_key_that_comes_twice_is_refused(tmp_path: Path):
+    (tmp_path / "twice.yaml").write_text("optimizer: {lr: 1}\nsteps: 3\noptimizer:\n  clip_grad: 1\n")
+    with pytest.raises(UserError, match="optimizer comes twice, in lines 1 and 3; join them"):
+        load(tmp_path / "twice.yaml")
+    with pytest.raises(UserError, match="is a folder; give a YAML file$"):
+        load(tmp_path)
+
+
 def test_a_recipe_goes_over_what_it_inherits(tmp_path: Path):
     (tmp_path / "base.yaml").write_text("model: {path: /m}\nrollout: {group_size: 4, context_length: 64}\nsteps: 3\n")
     (tmp_path / "sub").mkdir()

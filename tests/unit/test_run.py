@@ -16,7 +16,7 @@ from or1_megatron.collect import Rollout
 from or1_megatron.config import Config
 from or1_megatron.inputs import Inputs
 from or1_megatron.recipe import from_tree
-from or1_megatron.run import Run, Stop, learning_rate
+from or1_megatron.run import Run, Stop, learning_rate, probe_tokens
 from or1_megatron.runfolder import RunFolder
 from or1_megatron.runstate import Found, RunState
 from or1_megatron.types import Group, Prompt, Sample
@@ -180,3 +180,9 @@ def test_the_learning_rate_warms_up_and_stays(tmp_path: Path):
     assert [learning_rate(wanted, step) for step in (1, 2, 4, 5, 99)] == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3])
     wanted.optimizer.warmup_steps = 0
     assert learning_rate(wanted, 1) == 1e-3
+
+
+def test_the_probe_has_a_token_to_give_a_log_prob_to():
+    one, two = (Prompt("p", "", tokens, ("",)) for tokens in ((7,), (8, 9)))
+    assert probe_tokens([one, two]) == [8, 9] and probe_tokens([one]) == [7, 7]
+    assert len(probe_tokens([Prompt("p", "", (1,) * 300, ("",))])) == 256

@@ -87,6 +87,13 @@ def test_a_file_in_the_way_is_named(tmp_path: Path, key: str):
         RunFolder.create(make_config(tmp_path, f"{key}={tmp_path / 'file' / 'below'}"))
 
 
+def test_to_open_a_folder_writes_nothing(tmp_path: Path):
+    made = RunFolder.create(make_config(tmp_path))
+    made.rollouts.rmdir()
+    RunFolder.open(made.path)
+    assert not made.rollouts.exists()
+
+
 def test_open_wants_a_run_folder(tmp_path: Path):
     with pytest.raises(UserError, match="does not exist"):
         RunFolder.open(tmp_path / "none")

@@ -38,6 +38,13 @@ def test_what_is_refused_at_once(model: Path, tmp_path: Path):
         evaluate(model, ["aime24"], limit=-1)
     with pytest.raises(UserError, match="nothing to evaluate on; use --benchmark"):
         evaluate(model, [])
+    with pytest.raises(UserError, match="rollout.context_length=99999 is above the model's max_position_embeddings"):
+        evaluate(model, ["aime24"], overrides=["rollout.context_length=99999"])
+    (tmp_path / "empty").mkdir()
+    for file in model.glob("*.json"):
+        (tmp_path / "empty" / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(UserError, match="safetensors"):
+        evaluate(tmp_path / "empty", ["aime24"])
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match=r"empty.jsonl holds no problem"):
         evaluate(model, [str(tmp_path / "empty.jsonl")])

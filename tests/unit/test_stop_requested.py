@@ -13,10 +13,11 @@ import pytest
 
 from or1_megatron import train
 from or1_megatron.config import Config
-from or1_megatron.errors import StopRequested, WorkerDied
+from or1_megatron.errors import StopRequested, UserError, WorkerDied
 
 FOLDER = SimpleNamespace(path=Path("/run"), checkpoints=Path("/run/checkpoints"), driven=nullcontext)
-CONFIG = SimpleNamespace(reward=None, max_restarts=3)
+CONFIG = SimpleNamespace(reward=None, max_restarts=3, steps=4)
+FOUND = SimpleNamespace(path=Path("/run/checkpoints/step-000004"), state=SimpleNamespace(step=4))
 
 
 def usr1() -> None:
@@ -31,7 +32,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(train, "check_inputs", lambda config: inputs)
     monkeypatch.setattr(train, "check_rewards", lambda reward, problems: "")
     monkeypatch.setattr(train, "group_sizes", lambda config: [])
-    monkeypatch.setattr(train, "newest", lambda *words: SimpleNamespace(path=Path("/run/checkpoints/step-000004")))
+    monkeypatch.setattr(train, "newest", lambda *words: FOUND)
     monkeypatch.setattr(train, "RunFolder", SimpleNamespace(open=lambda path: FOLDER, create=lambda config: FOLDER))
     yield
     signal.signal(signal.SIGUSR1, before)
@@ -61,3 +62,10 @@ def test_between_a_death_and_the_restart(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(StopRequested, match="--resume /run"):
         begin(Path("/run"))
     assert len(begun) == 1
+
+
+def test_fewer_steps_than_are_done_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "_attempt", lambda *words: pytest.fail("the run was begun"))
+    monkeypatch.setattr(CONFIG, "steps", 3)
+    with pytest.raises(UserError, match="steps=3 is below step-000004 to go on from; give more steps"):
+        begin(Path("/run"))

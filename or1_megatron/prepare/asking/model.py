@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from or1_megatron.architecture import read_architecture
 from or1_megatron.config import Config
 from or1_megatron.data.prompts import load_tokenizer, prompts_of
 from or1_megatron.errors import UserError
@@ -50,10 +49,11 @@ class Model:
 def opened(target: str, settings: tuple[str, ...], context: Context) -> Iterator[Model]:
     """A model directory, a run or a recipe, as `or1 eval` takes it; settings: key=value. Raises UserError."""
     from or1_megatron.cluster import Cluster
+    from or1_megatron.inputs import check_model
     from or1_megatron.scoring import configuration
 
     with configuration(Path(target), list(settings)) as config, ExitStack() as running:
-        tokenizer = load_tokenizer(config.model.path, read_architecture(config.model.path))
+        tokenizer = load_tokenizer(config.model.path, check_model(config))
         if not tokenizer.chat_template:
             raise UserError(f"{target}: its tokenizer has no chat template to ask problems with; use a chat model")
         clusters: list[Cluster] = []

@@ -51,7 +51,9 @@ def work():
     for _ in range(10):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         large, last = [torch.ones(12 << 20) for _ in range(3)], torch.ones(1 << 20)
-        del large, last
+        del large
+        after = torch.ones(1 << 10)
+        del last, after
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 faults = []
