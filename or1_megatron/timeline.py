@@ -95,7 +95,7 @@ class Timeline:
 
     def _answers(self, **whom: Any) -> dict[str, Record]:
         found = self._cluster.ask("drain", **whom)
-        names = sorted(found, key=lambda name: (-len(name), name))
+        names = sorted(found, key=lambda name: (name.rstrip("0123456789"), len(name), name))  # rank10 after rank9
         return {name: _shifted(found[name], self._offsets[name][0]) for name in names}
 
     def _write(self) -> None:

@@ -102,3 +102,14 @@ def test_the_chosen_steps_of_the_chosen_ranks_are_profiled(tmp_path: Path):
     files = [tmp_path / "profile" / f"rank{rank}-step-000002.json" for rank in (0, 3)]
     started = [("start_profiler", "torch", file, [rank], False) for file, rank in zip(files, (0, 3), strict=True)]
     assert there.asked == [*started, ("stop_profiler", [0, 3], False)]
+
+
+def test_processes_stand_in_the_order_of_their_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given = ["rank10", "rank9", "engine10", "engine2"]
+    kernel, now = clock()
+    answers = {"clock": (kernel, now), "drain": Record([], [], 0)}
+    monkeypatch.setattr(Processes, "ask", lambda _, method, **whom: dict.fromkeys(given, answers[method]))
+    make(tmp_path)[0].end(1)
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    names = [event["args"]["name"] for event in trace["traceEvents"] if event["name"] == "process_name"]
+    assert names == ["driver", "engine2", "engine10", "rank9", "rank10", "verifier0"]
