@@ -54,8 +54,6 @@ def evaluate(
     with configuration(target, overrides or []) as config:
         sets = _problem_sets(config, benchmarks, problems, limit)
         out = out or Path(config.runs_dir) / f"eval-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.parquet"
-        if out.exists():
-            raise UserError(f"--out {out} exists; choose another")
         prepare_place("--out", out)  # before the answers, which may take hours
         tables = _answer_all(config, sets)
     with published(out) as temporary:
@@ -135,8 +133,6 @@ def rescore(file: Path, config: RewardConfig, out: Path | None = None) -> None:
     if table is None or not {"uid", "index", "length", "truncated", "verdict", "reward"} <= set(table.column_names):
         raise UserError(f"{file} is no file of `or1 eval` or of a run's rollouts/; `or1 verify` scores any responses")
     if out:
-        if out.exists():
-            raise UserError(f"--out {out} exists; choose another")
         prepare_place("--out", out)
     verdicts, _ = score_rows(rows, config)
     before = table["verdict"].to_pylist()

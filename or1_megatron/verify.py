@@ -73,13 +73,17 @@ def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Ve
 
 
 def prepare_place(option: str, path: Path) -> None:
-    """Makes the folder of a file that is written once everything is scored. Raises UserError."""
+    """Makes the folder of a new file that is written once everything is scored. Raises UserError."""
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; give a file")
+    if path.exists():
+        raise UserError(f"{option} {path} exists; choose another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} {path}: its folder cannot be made ({error.strerror}); choose another") from None
+    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+        raise UserError(f"{option} {path}: you may not write in {path.parent}; choose another")
 
 
 def score_rows(rows: list[Row], config: RewardConfig) -> tuple[list[Verdict], dict[str, float]]:

@@ -83,6 +83,9 @@ def test_bad_files(
 @pytest.mark.parametrize(
     ("option", "place", "words"),
     [
+        ("--out", "rows.jsonl", "--out {} exists; choose another"),
+        ("--out", "shut/x.jsonl", "--out {}: you may not write in "),
+        ("--plot", "old.png", "--plot {} exists; choose another"),
         ("--out", "folder", "--out {} is a folder; give a file"),
         ("--out", "file/x", "--out {}: its folder cannot be made"),
         ("--plot", "folder", "--plot {}: use .png, .svg or .pdf"),
@@ -101,8 +104,10 @@ def test_places_are_refused_before_anything_is_scored(
 ) -> None:
     monkeypatch.setattr(verify, "RewardService", None)
     file = write(tmp_path / "rows.jsonl", ROWS)
-    (tmp_path / "file").touch()
-    for folder in ("folder", "folder.png"):
+    monkeypatch.setattr(verify.os, "access", lambda path, *_, **__: path != tmp_path / "shut")  # root may do anything
+    for name in ("file", "old.png"):
+        (tmp_path / name).touch()
+    for folder in ("folder", "folder.png", "shut"):
         (tmp_path / folder).mkdir()
     before = sorted(tmp_path.iterdir())
     compare = ["--compare"] if option == "--plot" else []
