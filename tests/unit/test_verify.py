@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -114,6 +115,24 @@ def test_places_are_refused_before_anything_is_scored(
     assert cli.main(["verify", file, option, str(tmp_path / place), *compare]) == 2
     assert words.format(tmp_path / place) in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_how_many_are_done_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, compared: bool
+) -> None:
+    monkeypatch.setattr(verify, "HEARTBEAT_S", 0.02)
+    (tmp_path / NAMED["MATH rules"].folder).mkdir()
+    monkeypatch.setattr(verify, "NAMED", {"theirs": NAMED["MATH rules"]})
+    monkeypatch.setattr(Killable, "__init__", lambda *_: None)
+    monkeypatch.setattr(Killable, "ask", lambda *_: time.sleep(0.1) or "correct")
+    monkeypatch.setattr(Killable, "close", lambda *_: None)
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    words = ["--compare", "--peers", str(tmp_path)] if compared else []
+    assert cli.main(["verify", file, "--workers", "1", *words]) == 0
+    said = capsys.readouterr().err
+    assert " of 5 rows done after " in said and "or1: 0 of 5" in said
+    assert ("theirs: 3 of 5 rows done" in said) == compared
 
 
 def test_folders_are_made(tmp_path: Path) -> None:
