@@ -61,8 +61,8 @@ def _report(options: argparse.Namespace) -> int:
 
 def _evaluate(options: argparse.Namespace) -> int:
     if options.rescore:
-        if options.words or options.benchmark:
-            raise UserError("--rescore takes the responses of one file; drop the other words")
+        if options.words or options.benchmark or options.n is not None or options.limit or options.problems:
+            raise UserError("--rescore takes the responses of one file; drop the other words and options")
         from or1_megatron.scoring import rescore
         from or1_megatron.sections import RewardConfig
 
@@ -99,6 +99,10 @@ def _verify(options: argparse.Namespace) -> int:
         raise UserError(f"--workers {options.workers}: use 1 or more")
     if options.require_isolation not in LEVELS:
         raise UserError(f"--require-isolation {options.require_isolation}: use one of {', '.join(LEVELS)}")
+    if options.compare and options.out:
+        raise UserError(f"--out {options.out}: --compare writes no verdicts; drop one of the two")
+    if not options.compare and (options.install or options.plot):
+        raise UserError(f"{'--install' if options.install else '--plot'} is for --compare; add that or drop this")
     config = RewardConfig(num_workers=options.workers, require_isolation=options.require_isolation)
     if options.compare:
         compare(options.file, config, options.peers, options.install, options.plot)

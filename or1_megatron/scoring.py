@@ -56,14 +56,18 @@ def evaluate(
         check_model(config)
         sets = _problem_sets(config, benchmarks, problems, limit)
         out = out or Path(config.runs_dir) / f"eval-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.parquet"
-        if out.exists():
-            raise UserError(f"--out {out} exists; choose another")
-        prepare_place("--out", out)  # before the answers, which may take hours
+        _prepare_table(out)  # before the answers, which may take hours
         tables = _answer_all(config, sets)
     with published(out) as temporary:
         parquet.write_table(pyarrow.concat_tables(tables), temporary)
     print(f"responses: {out}")
     return out
+
+
+def _prepare_table(out: Path) -> None:
+    if out.suffix != ".parquet":
+        raise UserError(f"--out {out}: use .parquet")
+    prepare_place("--out", out)
 
 
 @contextmanager
@@ -137,9 +141,7 @@ def rescore(file: Path, config: RewardConfig, out: Path | None = None) -> None:
     if table is None or not {"uid", "index", "length", "truncated", "verdict", "reward"} <= set(table.column_names):
         raise UserError(f"{file} is no file of `or1 eval` or of a run's rollouts/; `or1 verify` scores any responses")
     if out:
-        if out.exists():
-            raise UserError(f"--out {out} exists; choose another")
-        prepare_place("--out", out)
+        _prepare_table(out)
     verdicts, _ = score_rows(rows, config)
     before = table["verdict"].to_pylist()
     new = {

@@ -24,6 +24,7 @@ from typing import Any
 from or1_megatron.data.rows import sound_rows
 from or1_megatron.errors import UserError
 from or1_megatron.parallel.file_sums import published
+from or1_megatron.prepare.progress import Bars
 from or1_megatron.reward.named import NAMED
 from or1_megatron.reward.preflight import reached_isolation
 from or1_megatron.reward.problem import Task, code_tests
@@ -35,6 +36,7 @@ from or1_megatron.types import Verdict
 OURS = "or1"
 PLOTS = (".png", ".svg", ".pdf")
 DEADLINE_S = 10.0
+HEARTBEAT_S = 10.0  # between lines that say how many are done, where there is no terminal for a bar
 _START_S = 60.0
 
 
@@ -73,13 +75,17 @@ def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Ve
 
 
 def prepare_place(option: str, path: Path) -> None:
-    """Makes the folder of a file that is written once everything is scored. Raises UserError."""
+    """Makes the folder of a new file that is written once everything is scored. Raises UserError."""
     if path.is_dir():
         raise UserError(f"{option} {path} is a folder; give a file")
+    if path.exists():
+        raise UserError(f"{option} {path} exists; choose another")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{option} {path}: its folder cannot be made ({error.strerror}); choose another") from None
+    if not os.access(path.parent, os.W_OK | os.X_OK, effective_ids=True):
+        raise UserError(f"{option} {path}: you may not write in {path.parent}; choose another")
 
 
 def score_rows(rows: list[Row], config: RewardConfig) -> tuple[list[Verdict], dict[str, float]]:
@@ -89,9 +95,18 @@ def score_rows(rows: list[Row], config: RewardConfig) -> tuple[list[Verdict], di
         print(reached_isolation(config))
     started = time.perf_counter()
     with RewardService(config) as service:
-        verdicts = [future.result() for future in [service.submit(row.task) for row in rows]]
+        verdicts = _judged(service, rows)
         metrics = service.take_metrics()
     return verdicts, {**metrics, "seconds": time.perf_counter() - started}
+
+
+def _judged(service: RewardService, rows: list[Row]) -> list[Verdict]:
+    verdicts: list[Verdict] = []
+    with Bars(HEARTBEAT_S) as bars, bars.step(OURS, len(rows)) as advance:
+        for future in [service.submit(row.task) for row in rows]:
+            verdicts.append(future.result())
+            advance(1)
+    return verdicts
 
 
 def _short(metrics: dict[str, float]) -> dict[str, float]:
@@ -234,7 +249,7 @@ def compare(file: Path, config: RewardConfig, folder: Path, install: bool, plot:
 def _our_column(rows: list[Row], config: RewardConfig) -> Column:
     started = time.perf_counter()
     with RewardService(config) as service:
-        names = [future.result().name for future in [service.submit(row.task) for row in rows]]
+        names = [verdict.name for verdict in _judged(service, rows)]
     answers = ["wrong" if name in ("unparsable", "truncated") else name for name in names]
     return Column(OURS, answers, time.perf_counter() - started)
 
@@ -245,11 +260,19 @@ def _their_column(name: str, rows: list[Row], folder: Path, num_workers: int) ->
     def answer_share(first: int) -> list[str]:
         process = Killable(name, folder)
         try:
-            return [process.ask(_answer_part(row), row.task.ground_truth) for row in rows[first::num_workers]]
+            found = []
+            for row in rows[first::num_workers]:
+                found.append(process.ask(_answer_part(row), row.task.ground_truth))
+                advance(1)
+            return found
         finally:
             process.close()
 
-    with ThreadPoolExecutor(num_workers) as pool:
+    with (
+        Bars(HEARTBEAT_S) as bars,
+        bars.step(name, len(rows)) as advance,
+        ThreadPoolExecutor(num_workers) as pool,
+    ):
         shares = list(pool.map(answer_share, range(num_workers)))
     answers = [shares[i % num_workers][i // num_workers] for i in range(len(rows))]
     return Column(name, answers, time.perf_counter() - started)

@@ -96,7 +96,12 @@ def test_rescoring_finds_what_changed(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("out", "words"), [("r.parquet", "exists; choose another"), ("r.parquet/x", "its folder cannot be made")]
+    ("out", "words"),
+    [
+        ("r.parquet", "exists; choose another"),
+        ("r.parquet/x.parquet", "its folder cannot be made"),
+        ("x.jsonl", "use .parquet"),
+    ],
 )
 def test_rescoring_refuses_a_place_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, words: str):
     write_responses(tmp_path / "r.parquet", [group("a", ["</think>\\boxed{2}"], ["correct"])])

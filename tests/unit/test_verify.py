@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -83,6 +84,9 @@ def test_bad_files(
 @pytest.mark.parametrize(
     ("option", "place", "words"),
     [
+        ("--out", "rows.jsonl", "--out {} exists; choose another"),
+        ("--out", "shut/x.jsonl", "--out {}: you may not write in "),
+        ("--plot", "old.png", "--plot {} exists; choose another"),
         ("--out", "folder", "--out {} is a folder; give a file"),
         ("--out", "file/x", "--out {}: its folder cannot be made"),
         ("--plot", "folder", "--plot {}: use .png, .svg or .pdf"),
@@ -101,14 +105,34 @@ def test_places_are_refused_before_anything_is_scored(
 ) -> None:
     monkeypatch.setattr(verify, "RewardService", None)
     file = write(tmp_path / "rows.jsonl", ROWS)
-    (tmp_path / "file").touch()
-    for folder in ("folder", "folder.png"):
+    monkeypatch.setattr(verify.os, "access", lambda path, *_, **__: path != tmp_path / "shut")  # root may do anything
+    for name in ("file", "old.png"):
+        (tmp_path / name).touch()
+    for folder in ("folder", "folder.png", "shut"):
         (tmp_path / folder).mkdir()
     before = sorted(tmp_path.iterdir())
     compare = ["--compare"] if option == "--plot" else []
     assert cli.main(["verify", file, option, str(tmp_path / place), *compare]) == 2
     assert words.format(tmp_path / place) in capsys.readouterr().err
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("compared", [False, True])
+def test_how_many_are_done_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, compared: bool
+) -> None:
+    monkeypatch.setattr(verify, "HEARTBEAT_S", 0.02)
+    (tmp_path / NAMED["MATH rules"].folder).mkdir()
+    monkeypatch.setattr(verify, "NAMED", {"theirs": NAMED["MATH rules"]})
+    monkeypatch.setattr(Killable, "__init__", lambda *_: None)
+    monkeypatch.setattr(Killable, "ask", lambda *_: time.sleep(0.1) or "correct")
+    monkeypatch.setattr(Killable, "close", lambda *_: None)
+    file = write(tmp_path / "rows.jsonl", ROWS)
+    words = ["--compare", "--peers", str(tmp_path)] if compared else []
+    assert cli.main(["verify", file, "--workers", "1", *words]) == 0
+    said = capsys.readouterr().err
+    assert " of 5 rows done after " in said and "or1: 0 of 5" in said
+    assert ("theirs: 3 of 5 rows done" in said) == compared
 
 
 def test_folders_are_made(tmp_path: Path) -> None:
@@ -143,6 +167,12 @@ def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "x", "--workers", "0"]) == 2
     assert cli.main(["verify", "x", "--require-isolation", "total"]) == 2
     assert "use one of rlimits, partial, full, namespaces" in capsys.readouterr().err
+    for words in (["--plot", "p.png"], ["--install"], ["--compare", "--out", "c.jsonl"]):
+        assert cli.main(["verify", "x", *words]) == 2
+        said = capsys.readouterr().err
+        assert "--compare" in said and "does not exist" not in said
+    assert cli.main(["eval", "--rescore", "x", "--n", "3"]) == 2
+    assert "drop the other words and options" in capsys.readouterr().err
 
 
 def test_table_and_disagreements() -> None:
