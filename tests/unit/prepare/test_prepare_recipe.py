@@ -74,7 +74,7 @@ MISTAKES = {
     "no such step to write": ("write: {", "write: {from: fwe, ", "write: there is no step named 'fwe'; did you mean f"),
     "unknown key": ("cache:", "cach:", "unknown key cach; did you mean cache?"),
     "unknown write key": ("write: {", "write: {sufix: x, ", "write: unknown option sufix"),
-    "no steps": ("steps:", "cache:", "`steps` must be a mapping"),
+    "no steps": ("steps:", "seed:", "`steps` must be a mapping"),
     "no write": ("write:", "seed:", "`write` is missing"),
     "no parquet": ("out.parquet", "out.jsonl", "must end with .parquet"),
     "neither do nor join": ("do: sample, ", "", "steps.few: {'rows': 5, 'from': 'a'} is no step"),
