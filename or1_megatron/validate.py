@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from or1_megatron.config import Config, all_keys
@@ -14,6 +15,7 @@ def divisors(number: int) -> str:
 
 def validate(config: Config) -> None:
     """Every rule that needs no file. Raises UserError naming the key, the value and the fix."""
+    _validate_finite(config)
     if config.stages:
         _validate_stages(config)
         return
@@ -21,7 +23,7 @@ def validate(config: Config) -> None:
         value = _value(config, item.name)
         if item.choices and value not in item.choices:
             raise UserError(f"{item.name}={value!r} is not one of {', '.join(item.choices)}")
-    _validate_signs(config)
+    _validate_ranges(config)
     rollout, loss = config.rollout, config.loss
     if rollout.group_size < 2:
         raise UserError(f"rollout.group_size={rollout.group_size}: a group of one has no advantage; use 2 or more")
@@ -65,8 +67,8 @@ def validate(config: Config) -> None:
         )
     if rollout.max_generated_factor < 1:
         raise UserError(f"rollout.max_generated_factor={rollout.max_generated_factor} must be at least 1")
-    if not 0 < rollout.top_p <= 1:
-        raise UserError(f"rollout.top_p={rollout.top_p} must be in (0, 1]")
+    if "" in rollout.stop:
+        raise UserError(f"rollout.stop={rollout.stop} holds an empty string, which would end every response; drop it")
 
 
 def _validate_temperatures(config: Config) -> None:
@@ -146,23 +148,47 @@ def _validate_profiling(config: Config) -> None:
 _POSITIVE = (
     "steps keep_checkpoints deadline_minutes parallel.num_ranks parallel.tp parallel.pp parallel.cp "
     "parallel.cpu_threads_per_rank parallel.timeout_s rollout.rollout_batch_size rollout.context_length "
-    "rollout.temperature rollout.num_engines rollout.engine_tp rollout.kv_cache_gb rollout.bucket_mb loss.num_reuse "
+    "rollout.temperature rollout.num_engines rollout.engine_tp rollout.kv_cache_gb rollout.bucket_mb "
+    "rollout.max_batched_tokens loss.num_reuse "
     "reward.num_workers reward.timeout_s reward.memory_mb reward.max_queued reward.recycle_tasks reward.recycle_mb "
     "reward.code_timeout_s reward.code_total_s reward.code_memory_mb evaluation.num_samples"
 ).split()
 _NOT_NEGATIVE = (
     "save_interval keep_every max_restarts parallel.token_budget rollout.max_response_length rollout.probe_interval "
     "rollout.probe_tolerance loss.mini_batch_size loss.clip_low loss.clip_high loss.importance_cap "
-    "loss.kl_coefficient optimizer.lr optimizer.warmup_steps optimizer.weight_decay optimizer.clip_grad "
-    "reward.max_failure_rate evaluation.interval profiling.trace_steps "
+    "loss.kl_coefficient optimizer.lr optimizer.warmup_steps optimizer.eps optimizer.weight_decay "
+    "optimizer.clip_grad reward.max_failure_rate evaluation.interval profiling.trace_steps "
 ).split()
 
 
-def _validate_signs(config: Config) -> None:
+_SHARES = "rollout.top_p rollout.gpu_memory_utilization evaluation.top_p".split()
+_MOST_SEED = 2**31 - 1  # engines and ranks add their numbers to it, and numpy takes 32 bits
+
+
+def _validate_finite(config: Config) -> None:
+    """NaN and infinity pass most comparisons, and no key has a use for them."""
+    for item in all_keys():
+        value = _value(config, item.name)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UserError(f"{item.name}={value} must be finite; give a number")
+
+
+def _validate_ranges(config: Config) -> None:
     for name in (*_POSITIVE, *_NOT_NEGATIVE):
         value = _value(config, name)
         if value < 0 or (value == 0 and name in _POSITIVE):
             raise UserError(f"{name}={value} must be {'above 0' if name in _POSITIVE else '0 or more'}")
+    for name in _SHARES:
+        if not 0 < _value(config, name) <= 1:
+            raise UserError(f"{name}={_value(config, name)} must be in (0, 1]")
+    for name in ("optimizer.beta1", "optimizer.beta2"):
+        if not 0 <= _value(config, name) < 1:
+            raise UserError(f"{name}={_value(config, name)} must be in [0, 1)")
+    if config.reward.max_failure_rate > 1:
+        raise UserError(f"reward.max_failure_rate={config.reward.max_failure_rate} is a share; use 0 to 1")
+    if not 0 <= config.seed <= _MOST_SEED:
+        raise UserError(f"seed={config.seed} must be from 0 to {_MOST_SEED}")
 
 
 def _value(config: Config, name: str) -> Any:

@@ -171,3 +171,30 @@ def test_yaml_holds_every_key(recipe: Path):
         value = tree
         for part in key.name.split("."):
             value = value[part]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("seed=-1", "seed=-1 must be from 0 to 2147483647"),
+        ("seed=2147483648", "seed=2147483648 must be from 0 to 2147483647"),
+        ("optimizer.lr=.nan", "optimizer.lr=nan must be finite"),
+        ("optimizer.lr=.inf", "optimizer.lr=inf must be finite"),
+        ("entropy.target=.nan", "entropy.target=nan must be finite"),
+        ("data.weights=[.nan]", "data.weights=[nan] must be finite"),
+        ("evaluation.temperatures=[1.0, .nan]", "evaluation.temperatures=[1.0, nan] must be finite"),
+        ("stages=[{until: 7, temperature: .nan}]", "stage 1: rollout.temperature=nan must be finite"),
+        ("optimizer.beta1=2", "optimizer.beta1=2.0 must be in [0, 1)"),
+        ("optimizer.beta2=1", "optimizer.beta2=1.0 must be in [0, 1)"),
+        ("optimizer.eps=-1", "optimizer.eps=-1.0 must be 0 or more"),
+        ("rollout.gpu_memory_utilization=5", "rollout.gpu_memory_utilization=5.0 must be in (0, 1]"),
+        ("evaluation.top_p=0", "evaluation.top_p=0.0 must be in (0, 1]"),
+        ("rollout.max_batched_tokens=0", "rollout.max_batched_tokens=0 must be above 0"),
+        ("reward.max_failure_rate=7", "reward.max_failure_rate=7.0 is a share"),
+        ('rollout.stop=[x, ""]', "rollout.stop=['x', ''] holds an empty string"),
+    ],
+)
+def test_numbers_out_of_range_and_empty_stops_are_refused(recipe: Path, words: str, message: str):
+    with pytest.raises(UserError) as refused:
+        load(recipe, [words])
+    assert message in str(refused.value) and "\n" not in str(refused.value)
