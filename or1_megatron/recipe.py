@@ -27,10 +27,12 @@ class _Loader(yaml.SafeLoader):
         """YAML itself would keep the last of equal keys and drop the others, a whole block at once."""
         lines: dict[str, int] = {}
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.value == "<<":  # a mapping as key is refused below
+                continue
             line = key.start_mark.line + 1
-            if key.value in lines and isinstance(key, yaml.ScalarNode):
+            if key.value in lines:
                 raise yaml.YAMLError(f"{key.value} comes twice, in lines {lines[key.value]} and {line}; join them")
-            lines[str(key.value)] = line
+            lines[key.value] = line
         return super().construct_mapping(node, deep)
 
 

@@ -96,6 +96,19 @@ def test_a_key_that_comes_twice_is_refused(tmp_path: Path):
         load(tmp_path)
 
 
+def test_a_mapping_as_key_is_refused_in_one_line(tmp_path: Path):
+    (tmp_path / "braces.yaml").write_text("model:\n  path: {{here}}\n")
+    with pytest.raises(UserError, match="braces.yaml is not valid YAML: .*unhashable key"):
+        load(tmp_path / "braces.yaml")
+
+
+def test_a_recipe_may_join_several_mappings(tmp_path: Path):
+    text = "rollout:\n  <<: {group_size: 8}\n  <<: {context_length: 64}\nmodel: {path: /m}\nsteps: 3\n"
+    (tmp_path / "joined.yaml").write_text(text)
+    config = load(tmp_path / "joined.yaml")
+    assert (config.rollout.group_size, config.rollout.context_length) == (8, 64)
+
+
 def test_a_recipe_goes_over_what_it_inherits(tmp_path: Path):
     (tmp_path / "base.yaml").write_text("model: {path: /m}\nrollout: {group_size: 4, context_length: 64}\nsteps: 3\n")
     (tmp_path / "sub").mkdir()
