@@ -36,7 +36,10 @@ def fetch_smollm2(cache: Path) -> Path:
     target = cache / MODEL_NAME
     if target.is_dir():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FetchError(f"{cache}: {error.strerror}; give another folder") from None
     with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as scratch:
         gguf = _download(Path(scratch), target)
         checkpoint = Path(scratch) / "checkpoint"

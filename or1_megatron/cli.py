@@ -1,6 +1,7 @@
 """The command `or1`. Parses, calls, and turns errors into one line and an exit code.
 
-Exit codes: 0 done, 1 the run failed, 2 the input is at fault, 130 stopped by the user. Libraries are imported by the
+Exit codes: 0 done, 1 the run failed, 2 the input is at fault, 130 stopped by the user, 141 nobody reads what it prints
+any more (`| head`). Libraries are imported by the
 subcommand that needs them, so `or1 --help` answers at once.
 """
 
@@ -8,6 +9,9 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import select
+import signal
 import sys
 import textwrap
 
@@ -32,11 +36,23 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has gone. What is still meant for it is dropped then."""
+    pipe = select.poll()
+    pipe.register(sys.stdout.fileno(), 0)
+    gone = any(event & select.POLLERR for _, event in pipe.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     options = _parse(arguments)
     try:
-        return COMMANDS[options.command](options)
+        code = COMMANDS[options.command](options)
+        sys.stdout.flush()  # here, where it is known what a reader that has gone means
+        return code
     except UserError as error:
         print(f"or1: error: {error}", file=sys.stderr)
         return error.exit_code
@@ -52,6 +68,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("or1: stopped", file=sys.stderr)
         return StopRequested.exit_code
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return 128 + signal.SIGPIPE
         if error.errno in _UNUSABLE and error.filename:
             print(f"or1: error: {error.filename}: {error.strerror}", file=sys.stderr)
             return UserError.exit_code

@@ -77,10 +77,12 @@ def plan_gpus(config: Config, gpus: list[int], hardware_name: str, assumptions: 
     _, layout, _, times = found[-1]
     longest = max(range(len(stages)), key=lambda i: times[i].total * stages[i][1])
     work = stages[longest][0]
-    lines += ["", f"what would help most, each alone, stage {longest + 1} on {layout.num_devices} GPUs:"]
     engines = engine_degrees(architecture, hardware, assumptions.memory_share, work.context_length)
-    for what, saved in helps(architecture, work, layout, hardware, engines)[:5]:
+    lines += ["", f"what would help most, each alone, stage {longest + 1} on {layout.num_devices} GPUs:"]
+    changes = helps(architecture, work, layout, hardware, engines)[:5]
+    for what, saved in changes:
         lines.append(f"  {saved:7.0f} s ({saved / times[longest].total:4.0%}) of a step: {what}")
+    lines += ["  nothing of what was tried saves half a percent of a step"] * (not changes)
     achieved = f"achieved constants of {hardware.name} fitted to the paper's system (or1 plan --paper)"
     return [*lines, "", achieved, *assumptions.lines()]
 

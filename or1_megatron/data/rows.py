@@ -10,6 +10,7 @@ import codecs
 import gzip
 import json
 import re
+import textwrap
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def hub_files(name: str, patterns: list[str]) -> list[Path]:
     try:
         folder = Path(snapshot_download(identity, repo_type="dataset", revision=revision, allow_patterns=patterns))
     except (OSError, HFValidationError) as error:  # the hub's own errors and those of the network are OSErrors
-        reason = " ".join(str(error).split())[:200]
+        reason = textwrap.shorten(str(error), 200, placeholder=" ...")
         raise UserError(
             f"data set {identity} could not be had from the hub ({type(error).__name__}: {reason}); on a machine "
             "without network give its file instead"

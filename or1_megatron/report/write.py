@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import http.server
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from or1_megatron.errors import UserError
+from or1_megatron.parallel.file_sums import published
 from or1_megatron.report.advice import advice
 from or1_megatron.report.page import page
 from or1_megatron.report.rundata import RunData, read_run
@@ -40,16 +40,16 @@ def summary(run: RunData) -> dict[str, Any]:
 
 def report(paths: Sequence[Path], out: Path | None) -> list[Path]:
     """Writes both files into `out`, by default the first run's folder. Raises UserError, nothing half-written."""
+    if out and out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file; give a folder")
     runs = [read_run(path) for path in paths]
     folder = out or runs[0].folder.path
+    texts = {"report.html": page(runs), "report.json": json.dumps([summary(run) for run in runs]) + "\n"}
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name, text in (("report.html", page(runs)), ("report.json", json.dumps([summary(run) for run in runs]) + "\n")):
-        partial = folder / f".{name}.{os.getpid()}.tmp"
-        partial.write_text(text)
-        os.replace(partial, folder / name)
-        written.append(folder / name)
-    return written
+    for name, text in texts.items():
+        with published(folder / name) as temporary:
+            temporary.write_text(text)
+    return [folder / name for name in texts]
 
 
 def watch(paths: Sequence[Path], port: int, ready: Callable[[str], None]) -> None:
@@ -64,6 +64,8 @@ def watch(paths: Sequence[Path], port: int, ready: Callable[[str], None]) -> Non
             )
     try:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", port), _handler(paths))
+    except OverflowError:
+        raise UserError(f"--port {port}: use 1 to 65535, or 0 for any free one") from None
     except OSError as error:
         raise UserError(f"--port {port}: {error.strerror}; choose another, or 0 for any free one") from None
     with server:

@@ -106,3 +106,20 @@ def test_other_errors_are_ours_and_keep_their_traceback(monkeypatch: pytest.Monk
     monkeypatch.setitem(cli.COMMANDS, "doctor", end)
     with pytest.raises(PermissionError):
         cli.main(["doctor"])
+
+
+def test_a_reader_that_goes_early_is_no_traceback():
+    command = [sys.executable, "-m", "or1_megatron", "plan", "--paper"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as reading:
+        assert reading.stdout and reading.stderr
+        reading.stdout.close()
+        assert (reading.stderr.read(), reading.wait()) == (b"", 141)
+
+
+def test_a_broken_pipe_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch):
+    def end(options: object) -> int:
+        raise BrokenPipeError(errno.EPIPE, "a worker's socket")
+
+    monkeypatch.setitem(cli.COMMANDS, "doctor", end)
+    with pytest.raises(BrokenPipeError, match="a worker's socket"):
+        cli.main(["doctor"])

@@ -205,6 +205,7 @@ def test_the_work_of_each_stage_is_that_of_the_recipe(monkeypatch: pytest.Monkey
     assert [work.prompt_tokens for work in predicted.works] == [32, 128]
     assert {(work.kept_share, work.recomputes_old_log_probs) for work in predicted.works} == {(1.0, False)}
     assert any("help most, each alone, stage 1 on 8 GPUs" in line for line in lines), "100 x 1 s, and 1 x 64 s"
+    assert any("nothing of what was tried" in line for line in lines), "every layout takes the same time"
 
 
 def test_prompts_are_shared_where_the_run_has_shared_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -130,6 +130,25 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not list(empty.glob("report*"))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--out", "{}/file"], "file is a file; give a folder"),
+        (["--watch", "--port", "99999"], "--port 99999: use 1 to 65535, or 0"),
+        (["--watch", "--port", "-1"], "--port -1: use 1 to 65535, or 0"),
+    ],
+)
+def test_places_and_ports_that_cannot_be(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").write_text("mine")
+    run = make_run(tmp_path, "run")
+    assert cli.main(["report", str(run), *(word.format(tmp_path) for word in words)]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_watch_serves_what_the_run_has_by_now(tmp_path: Path):
     path, told = make_run(tmp_path, "live"), threading.Event()
     addresses: list[str] = []
