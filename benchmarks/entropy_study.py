@@ -33,6 +33,7 @@ from typing import Any, Literal
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the repository's own programs: launch/ is not installed
 
+from benchmarks.harness import model_dtype  # noqa: E402
 from launch.fetch_model import fetch_smollm2  # noqa: E402
 from or1_megatron.config import Config  # noqa: E402
 from or1_megatron.data.tasks import write_addition_problems  # noqa: E402
@@ -240,7 +241,7 @@ class Study:
         files = out / "train.jsonl", out / "held_out.jsonl"
         write_addition_problems(*files, seed=0)
         places = (f"model.path={model}", f"data.train=[{files[0]}]", f"evaluation.files=[{files[1]}]")
-        self._shared = (*places, *(QUICK if quick else SHARED))
+        self._shared = (*places, f"model.dtype={model_dtype()}", *(QUICK if quick else SHARED))
 
     def folder(self, variant: Variant, seed: int) -> Path:
         return self.out / f"{variant.name.replace(',', '').replace(' ', '-')}-seed{seed}"
