@@ -240,8 +240,8 @@ class Study:
         out.mkdir(parents=True, exist_ok=True)
         files = out / "train.jsonl", out / "held_out.jsonl"
         write_addition_problems(*files, seed=0)
-        places = (f"model.path={model}", f"data.train=[{files[0]}]", f"evaluation.files=[{files[1]}]")
-        self._shared = (*places, f"model.dtype={model_dtype()}", *(QUICK if quick else SHARED))
+        inputs = (f"model.path={model}", f"data.train=[{files[0]}]", f"evaluation.files=[{files[1]}]")
+        self._shared = (*inputs, f"model.dtype={model_dtype()}", *(QUICK if quick else SHARED))
 
     def folder(self, variant: Variant, seed: int) -> Path:
         return self.out / f"{variant.name.replace(',', '').replace(' ', '-')}-seed{seed}"
@@ -330,8 +330,7 @@ def main(arguments: list[str] | None = None) -> int:
         print("stopped; the same command goes on with the runs that are left", file=sys.stderr)
         return 130
     results = study.results()
-    questions = [q for q in QUESTIONS if {v.name for v in q.variants} <= results.keys()]
-    for question in questions:
+    for question in (questions := [q for q in QUESTIONS if {v.name for v in q.variants} <= results.keys()]):
         study.draw(question)
     verdicts = [judge(claim, results) for question in questions for claim in question.claims]
     verdicts += [] if options.quick else [judge_target(results)]

@@ -45,17 +45,26 @@ def heartbeat(tell: Callable[[float], None], every_s: float = HEARTBEAT_S) -> It
 
 
 class Display:
-    """A context manager around the whole run."""
+    """A context manager around the whole run. unit: what `total` counts."""
 
-    def __init__(self, total_steps: int, name: str, console: Console | None = None, heartbeat_s: float = HEARTBEAT_S):
-        self._total_steps = total_steps
+    def __init__(
+        self,
+        total: int,
+        name: str,
+        console: Console | None = None,
+        heartbeat_s: float = HEARTBEAT_S,
+        unit: str = "step",
+    ):
+        self._total = total
         self._name = name
+        self._unit = unit
         self._console = console or Console()
         self._heartbeat_s = heartbeat_s
         self._rows: tuple[Mapping[str, Any], ...] = ()  # replaced, never changed: another thread draws it
         self._step = 0
         self._started = time.monotonic()
         self._phase = "starting"
+        self._answered = 1.0
         self._phase_started = self._started
         self._closing = threading.Event()
         self._live: Live | None = None
@@ -84,14 +93,22 @@ class Display:
         self._phase_started = time.monotonic()
         self._phase = text
 
+    def answered(self, share: float) -> None:
+        """Of the responses that the engines are at now, this share has ended."""
+        self._answered = share
+
+    def done(self, number: int) -> None:
+        """So many steps, or of what else is counted, are done."""
+        self._step = number
+
     def resumed(self, step: int) -> None:
         """The run goes on after this step."""
-        self._step = step
+        self.done(step)
         self.message(f"resumed after step {step}")
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """A step is done; metrics["step"] is its number."""
-        self._step = metrics["step"]
+        self.done(metrics["step"])
         self._rows = (*self._rows, dict(metrics))[-NUM_ROWS:]
         if self._live is None:
             self._print(self._plain_line(metrics))
@@ -105,7 +122,7 @@ class Display:
 
     def _plain_line(self, metrics: Mapping[str, Any]) -> str:
         cells = _cells(metrics)
-        words = [f"step {self._step}/{self._total_steps}"]
+        words = [self._place()]
         words += [f"{name} {cells[name]}" for name in ("reward", "entropy", "alpha", "length", "cut", "kept")]
         words.append(f"seconds {_number(metrics, 'seconds/step', '.1f')}")
         words.append("(" + ", ".join(f"{name} {cells[name]}" for name in (*PHASES, "other")) + ")")
@@ -118,19 +135,23 @@ class Display:
             said = max(said, started)
             if now - said >= self._heartbeat_s:
                 said = now
-                self._print(
-                    f"{self._name}: step {self._step}/{self._total_steps} done; {self._phase}, {_clock(now - started)}"
-                )
+                self._print(f"{self._name}: {self._place()} done; {self._now()}, {_clock(now - started)}")
+
+    def _place(self) -> str:
+        return f"{self._unit} {self._step}/{self._total}"
+
+    def _now(self) -> str:
+        return self._phase if self._answered == 1 else f"{self._phase}, {int(100 * self._answered)}% answered"
 
     def render(self) -> RenderableType:
         """The live view, at most NUM_ROWS steps high."""
         now = time.monotonic()
         head = Table.grid(padding=(0, 2))
-        bar = ProgressBar(total=self._total_steps, completed=self._step, width=30)
+        bar = ProgressBar(total=self._total, completed=self._step, width=30)
         head.add_row(
             Text(self._name, style="bold"),
             bar,
-            f"step {self._step}/{self._total_steps}",
+            self._place(),
             _clock(now - self._started),
             self._remaining(),
         )
@@ -139,7 +160,7 @@ class Display:
             parts.append(self._table())
         if self._phase:
             parts.append(
-                Text.assemble(("  now: ", "dim"), f"{self._phase}  ", (_clock(now - self._phase_started), "dim"))
+                Text.assemble(("  now: ", "dim"), f"{self._now()}  ", (_clock(now - self._phase_started), "dim"))
             )
         return Group(*parts)
 
@@ -153,7 +174,7 @@ class Display:
 
     def _remaining(self) -> str:
         seconds = [row["seconds/step"] for row in self._rows if "seconds/step" in row]
-        left = self._total_steps - self._step
+        left = self._total - self._step
         return f"about {_clock(left * sum(seconds) / len(seconds))} left" if seconds and left > 0 else ""
 
 

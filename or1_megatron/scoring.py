@@ -112,13 +112,14 @@ def _answer_all(config: Config, sets: dict[str, list[Prompt]]) -> list[pyarrow.T
     tables, n = [], config.evaluation.num_samples
     with (
         tempfile.TemporaryDirectory(prefix="or1-eval-") as scratch,
-        Display(1, config.name) as display,
+        Display(len(sets) * len(config.evaluation.temperatures), config.name, unit="set") as display,
         RewardService(config.reward, Path(scratch)) as rewards,
     ):
         if isolation:
             display.message(isolation)
         display.phase("starting engines")
         with Cluster(config, Path(scratch), with_actor=False) as cluster:
+            cluster.message, cluster.answered = display.message, display.answered
             for temperature in config.evaluation.temperatures:
                 for name, prompts in sets.items():
                     display.phase(f"{name}: {len(prompts)} problems x {n} responses")
@@ -128,6 +129,7 @@ def _answer_all(config: Config, sets: dict[str, list[Prompt]]) -> list[pyarrow.T
                         display.message(line)
                     if len(groups) < len(prompts):
                         display.message(f"  {len(prompts) - len(groups)} problems left out: their check failed")
+                    display.done(len(tables))
     return tables
 
 

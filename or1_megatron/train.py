@@ -76,7 +76,8 @@ def _attempt(
         RewardService(config.reward, folder.logs) as rewards,
         _starting(display, config.widest(), folder) as cluster,
     ):
-        cluster.stop_requested, cluster.message = (lambda: stop.requested), display.message
+        cluster.stop_requested = lambda: stop.requested
+        cluster.message, cluster.answered = display.message, display.answered
         if isolation:
             display.message(isolation)
         run = Run(config, inputs, folder, cluster, rewards, display, stop)

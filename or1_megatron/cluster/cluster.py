@@ -36,6 +36,7 @@ class Cluster:
         self.dims = Dims.of(config)
         self.stop_requested: Callable[[], bool] = lambda: False
         self.message: Callable[[str], None] = lambda text: None  # where the user is told of what the run survives
+        self.answered: Callable[[float], None] = lambda share: None  # and of the share of a rollout that has ended
         self._run_dir = run_dir.absolute()  # of a folder that all nodes see
         self._with_actor = with_actor
         self._ranks: list[Any] = []
@@ -143,6 +144,7 @@ class Cluster:
         now go to the others."""
         self._enter(Phase.ROLLOUT)
         left: dict[Any, list[Prompt]] = {engine: [] for engine in self._engines}
+        total = sum(map(len, shares))
 
         def ask(shares: list[list[Prompt]]) -> dict[Any, Any]:
             n, streams = len(self._engines), {}
@@ -170,6 +172,7 @@ class Cluster:
             for engine, group in self._workers.drain(streams, stopped=self._stopped, replace=ask_others):
                 uids = [prompt.uid for prompt in left[engine]]
                 del left[engine][uids.index(group.prompt.uid)]
+                self.answered(1 - sum(map(len, left.values())) / total)
                 yield group
 
     def _stopped(self) -> bool:

@@ -64,6 +64,22 @@ def test_a_phase_starts_its_own_clock():
         assert "now: update  0:00" in drawn(display)[-1]
 
 
+def test_a_phase_tells_the_share_of_the_responses_that_have_ended():
+    console, file = plain()
+    with Display(4, "trial", console=terminal()) as display:
+        display.phase("rollout")
+        display.answered(0.379)
+        assert "now: rollout, 37% answered  0:00" in drawn(display)[-1]
+        display.answered(1.0)
+        assert "now: rollout  0:00" in drawn(display)[-1]
+    with Display(4, "trial", console=console, heartbeat_s=0.2, unit="set") as display:
+        display.phase("amc: 3 problems")
+        display.done(2)
+        display.answered(2 / 3)
+        time.sleep(0.4)
+    assert file.getvalue().splitlines()[0] == "trial: set 2/4 done; amc: 3 problems, 66% answered, 0:00"
+
+
 def test_messages_stay_and_are_not_read_as_markup():
     console = terminal()
     with Display(3, "trial", console=console) as display:
