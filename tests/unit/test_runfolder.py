@@ -312,6 +312,16 @@ def test_the_history_is_that_of_the_verdicts_from_the_first_step_to_the_last(tmp
         run.read_history(3, 4)
 
 
+def test_history_that_was_cut_is_named(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path))
+    run.save_history(1, make_groups())
+    file = run.history / "step-000001.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    for read in (lambda: run.read_history(1, 1), lambda: list(run.read_lengths(1))):
+        with pytest.raises(UserError, match=rf"{file} cannot be read: .*; copy it anew, or remove it"):
+            read()
+
+
 def test_folders_of_one_second_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("or1_megatron.runfolder.time.strftime", lambda _: "now")
     config = make_config(tmp_path, "name=a")
