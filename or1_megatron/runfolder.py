@@ -34,6 +34,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from or1_megatron.config import Config
@@ -282,9 +283,12 @@ def _finite(value: Any) -> Any:
 def _take(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     if any(item.name != "slurm" for item in path.iterdir()):  # slurm/: laid there before the run began
-        raise UserError(
-            f"run_dir={path} exists and is not empty; choose another, or go on with `or1 train --resume {path}`"
-        )
+        again = ""
+        if any(path.glob("checkpoints/step-*")):
+            again = f", or go on with `or1 train --resume {quote(str(path))}`"
+        elif (path / "config.yaml").is_file():
+            again = ", or remove it: its run has no checkpoint to go on from"
+        raise UserError(f"run_dir={path} exists and is not empty; choose another{again}")
     return path
 
 

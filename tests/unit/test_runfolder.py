@@ -72,12 +72,20 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path: Path):
 
 
 def test_a_given_folder_must_be_free(tmp_path: Path):
-    config = make_config(tmp_path, f"run_dir={tmp_path / 'mine'}")
-    assert RunFolder.create(config).path == tmp_path / "mine"
-    before = sorted(path.name for path in (tmp_path / "mine").iterdir())
-    with pytest.raises(UserError, match="not empty.*--resume"):
-        RunFolder.create(config)
-    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == before
+    mine = tmp_path / "my run"
+    config = make_config(tmp_path, f"run_dir={mine}")
+    mine.mkdir()
+    for name, said in (
+        ("notes.txt", "not empty; choose another$"),
+        ("config.yaml", "not empty; choose another, or remove it: its run has no checkpoint"),
+        ("checkpoints/step-000001", "not empty; choose another, or go on with `or1 train --resume '.*/my run'`"),
+    ):
+        (mine / name).mkdir(parents=True) if name.startswith("checkpoints") else (mine / name).touch()
+        before = sorted(path.name for path in mine.iterdir())
+        with pytest.raises(UserError, match=said):
+            RunFolder.create(config)
+        assert sorted(path.name for path in mine.iterdir()) == before
+    assert RunFolder.create(make_config(tmp_path, f"run_dir={tmp_path / 'other'}")).path == tmp_path / "other"
 
 
 @pytest.mark.parametrize("key", ["run_dir", "runs_dir"])
