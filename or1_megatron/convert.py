@@ -154,11 +154,7 @@ def _published(out: Path, num_bytes: int) -> Iterator[Path]:
     if out.exists():
         raise UserError(f"--out {out} exists; nothing is overwritten, name a new directory")
     partial = out.with_name(f".{out.name}.partial")
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror} ({error.filename})") from None
-    with (partial / _LOCK).open("a+") as lock:
+    with _made(partial, out), (partial / _LOCK).open("a+") as lock:
         _take_over(partial, lock)
         try:
             free = shutil.disk_usage(partial).free
@@ -178,6 +174,23 @@ def _published(out: Path, num_bytes: int) -> Iterator[Path]:
         except BaseException:
             _discard(partial, lock)
             raise
+
+
+@contextmanager
+def _made(folder: Path, out: Path) -> Iterator[None]:
+    """Makes a folder and those above it; of these the new ones go again when the block ends badly."""
+    new = [above for above in folder.parents if not above.exists()]
+    try:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out} cannot be made: {error.strerror} ({error.filename})") from None
+        yield
+    except BaseException:
+        for above in new:
+            with suppress(OSError):
+                above.rmdir()  # not if another has put something there
+        raise
 
 
 def _discard(partial: Path, lock: IO) -> None:

@@ -6,7 +6,11 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from or1_megatron.architecture import Architecture, check_degrees, read_architecture
+from or1_megatron.cluster import check_host
+from or1_megatron.cluster.joining import address_to_join
 from or1_megatron.config import Config
 from or1_megatron.data.prompts import Difficulty, check_names, load_prompts, load_tokenizer
 from or1_megatron.errors import UserError
@@ -14,6 +18,8 @@ from or1_megatron.parallel.device import has_cuda, use_transformer_engine
 from or1_megatron.parallel.megatron_files import open_weights
 from or1_megatron.types import Prompt
 from or1_megatron.validate import divisors
+
+_PROCESS_BYTES = 200e6  # what a rank that has only imported has for itself; an engine has more
 
 
 @dataclass(frozen=True)
@@ -41,13 +47,30 @@ def check_model(config: Config) -> Architecture:
         )
     with open_weights(Path(config.model.path), architecture):
         pass  # opening them is the check
+    weight_bytes = (4 if config.engine_dtype == "fp32" else 2) * architecture.num_parameters
+    _check_memory("rollout.num_engines", config.rollout.num_engines, weight_bytes)
     return architecture
+
+
+def _check_memory(name: str, number: int, weight_bytes: float) -> None:
+    """Without GPUs, processes of this host share its memory. Refused is what cannot be even without caches, gradients
+    and activations; where Ray is joined, its nodes have the processes."""
+    needed, there = number * (weight_bytes + _PROCESS_BYTES), psutil.virtual_memory().total + psutil.swap_memory().total
+    if needed > there and not has_cuda() and not address_to_join():
+        raise UserError(
+            f"{name}={number} needs {needed / 1e9:.1f} GB for weights and processes alone, this machine has "
+            f"{there / 1e9:.1f} GB of memory; use fewer, or a smaller model"
+        )
 
 
 def check_inputs(config: Config) -> Inputs:
     """Reads them; raises UserError for everything that can be refused before a process is started."""
     architecture = check_model(config)
-    check_degrees(architecture, tp=config.parallel.tp, pp=config.parallel.pp)
+    parallel = config.parallel
+    check_degrees(architecture, tp=parallel.tp, pp=parallel.pp)
+    shard_bytes = (4 if config.model.dtype == "fp32" else 2) * architecture.num_parameters / (parallel.tp * parallel.pp)
+    _check_memory("parallel.num_ranks", parallel.num_ranks, shard_bytes)
+    check_host(config)
     use_transformer_engine(config.model.transformer_impl, config.model.dtype)
     if config.wandb and importlib.util.find_spec("wandb") is None:
         raise UserError(f"wandb={config.wandb} needs the package wandb: pip install 'or1_megatron[wandb]'")

@@ -13,12 +13,13 @@ from or1_megatron.config import Config
 from or1_megatron.dryrun import memory_per_rank
 from or1_megatron.errors import UserError
 from or1_megatron.profiling import paper
-from or1_megatron.profiling.calibration import Calibration, calibrate, read_trace
+from or1_megatron.profiling.calibration import Calibration, calibrate
 from or1_megatron.profiling.hardware import KNOWN, Hardware
 from or1_megatron.profiling.layouts import best, engine_degrees, helps
 from or1_megatron.profiling.lengths import Lengths, LogNormal, Measured
 from or1_megatron.profiling.planner import DRAWS, Layout, StepTime, Work, costs_of, predict
 from or1_megatron.rl.filter import informative_share
+from or1_megatron.runfiles import read_columns, read_trace
 from or1_megatron.runfolder import RunFolder
 
 _MOST_GPUS = 65_536
@@ -119,9 +120,11 @@ def calibration_of(run: RunFolder, stages: Collection[int] | None = None) -> Cal
         raise UserError(
             f"{run.path} holds no trace.json; it is written after a step with profiling.trace_steps above 0"
         )
-    config = run.config
+    trace, config = read_trace(file), run.config
+    if "last_step" not in trace.get("metadata", {}):
+        raise UserError(f"{file} is not a trace that a run of this version has written; calibrate on another run")
     return calibrate(
-        read_trace(file.read_text(), str(file)),
+        trace,
         run.read_metrics(),
         group_sizes=[stage.rollout.group_size for stage in config.all_stages()],
         num_ranks=config.parallel.num_ranks,
@@ -133,17 +136,15 @@ def calibration_of(run: RunFolder, stages: Collection[int] | None = None) -> Cal
 
 
 def measured(run: RunFolder, stages: Collection[int] | None = None) -> Assumptions:
-    """Lengths and the kept share of a run, in these stages. Raises UserError when it has no rollouts."""
-    import pyarrow.parquet
-
+    """Lengths and the kept share of a run, in these stages. Raises UserError: no rollouts, or a damaged file."""
     steps = [row for row in run.read_metrics() if "groups/generated" in row]
     steps = [row for row in steps if stages is None or row["stage"] in stages]
     files = [run.rollouts / f"step-{row['step']:06d}.parquet" for row in steps]
     groups: list[tuple[int, ...]] = []
     for file in (file for file in reversed(files) if file.is_file()):
         rows: dict[str, list[int]] = {}
-        table = pyarrow.parquet.read_table(file, columns=["uid", "length"])
-        for uid, length in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+        columns = read_columns(file, ["uid", "length"])
+        for uid, length in zip(columns["uid"], columns["length"], strict=True):
             rows.setdefault(uid, []).append(length)
         groups += [tuple(lengths) for lengths in rows.values()]
         if len(groups) >= MOST_GROUPS:

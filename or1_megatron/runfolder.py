@@ -34,13 +34,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from shlex import quote
+from typing import TYPE_CHECKING, Any
 
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError
 from or1_megatron.parallel.file_sums import published, take_lock
 from or1_megatron.recipe import load, to_yaml
 from or1_megatron.responses import write_responses
+from or1_megatron.runfiles import Driver, read_columns, read_driver, read_metrics
 from or1_megatron.types import Group
 
 if TYPE_CHECKING:
@@ -52,6 +54,7 @@ PACKAGES = (
 ).split()
 
 _LEAVE_S = 180.0
+_GLANCE_S = 0.2  # longer than runfiles.driver_of has the lock
 
 
 def package_versions() -> dict[str, str]:
@@ -139,19 +142,21 @@ class RunFolder:
         system has no locks nothing is refused.
         """
         self._make_folders()
-        path, me = self.path / "driver.lock", _Driver(platform.node(), os.getpid(), os.environ.get("SLURM_JOB_ID", ""))
+        path, me = self.path / "driver.lock", Driver(platform.node(), os.getpid(), os.environ.get("SLURM_JOB_ID", ""))
         with path.open("a+") as file:
-            end = time.monotonic() + _LEAVE_S
-            while other := _lock(file):
-                late = time.monotonic() > end
+            begun = time.monotonic()
+            while not take_lock(file):
+                other, waited = read_driver(file), time.monotonic() - begun
+                here, late = other.host == me.host, waited > _LEAVE_S
                 if late and me.job and other.job == me.job:
                     break
-                if late or other.host == me.host:
+                if late or (here and waited >= _GLANCE_S):
                     raise UserError(
                         f"{self.path} belongs to {other}; wait for its end, or remove {path} if that is surely dead"
                     )
-                print(f"waiting for {other}, to which {self.path} belongs", file=sys.stderr, flush=True)
-                time.sleep(10)
+                if not here:
+                    print(f"waiting for {other}, to which {self.path} belongs", file=sys.stderr, flush=True)
+                time.sleep(_GLANCE_S if here else 10)
             file.truncate(0)
             file.write(json.dumps(me))
             file.flush()
@@ -182,12 +187,8 @@ class RunFolder:
         writer.flush()
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All lines, oldest first; a torn last one is left out."""
-        if not self._metrics.exists():
-            return []
-        # split, not splitlines: text inside a JSON string may hold other line separators
-        complete = self._metrics.read_text().split("\n")[:-1]
-        return [json.loads(line) for line in complete]
+        """See runfiles.read_metrics."""
+        return read_metrics(self.path)
 
     def rewind(self, step: int) -> None:
         """Forgets the metrics after `step`: the run goes on from there."""
@@ -224,27 +225,24 @@ class RunFolder:
             pyarrow.parquet.write_table(pyarrow.table(columns), temporary)
 
     def read_history(self, first: int, last: int) -> list[tuple[str, int, int]]:
-        """(uid, responses, correct) of every group of the steps first..last. Raises UserError when a file is gone."""
-        import pyarrow.parquet
-
+        """(uid, responses, correct) of every group of the steps first..last. Raises UserError when a file is gone or
+        damaged."""
         rows = []
         for step in range(first, last + 1):
             path = self.history / f"step-{step:06d}.parquet"
             if not path.is_file():
                 raise UserError(f"{path} is gone, without which solved problems are not known; set drop_solved=false")
-            table = pyarrow.parquet.read_table(path, columns=["uid", "responses", "correct"])
-            rows += list(zip(*(table[name].to_pylist() for name in table.column_names), strict=True))
+            columns = read_columns(path, ["uid", "responses", "correct"])
+            rows += list(zip(columns["uid"], columns["responses"], columns["correct"], strict=True))
         return rows
 
     def read_lengths(self, last: int) -> Iterator[tuple[str, int, int]]:
         """(uid, tokens of all responses, responses) of the groups of the steps up to `last`, in order, as far as the
-        history is there: it serves speed, not correctness."""
-        import pyarrow.parquet
-
+        history is there: it serves speed, not correctness. Raises UserError when a file is damaged."""
         for path in sorted(self.history.glob("step-*.parquet")):
-            table = pyarrow.parquet.read_table(path)
-            if int(path.stem.removeprefix("step-")) <= last and "tokens" in table.column_names:
-                yield from zip(*(table[name].to_pylist() for name in ("uid", "tokens", "responses")), strict=True)
+            columns = read_columns(path) if int(path.stem.removeprefix("step-")) <= last else {}
+            if "tokens" in columns:
+                yield from zip(columns["uid"], columns["tokens"], columns["responses"], strict=True)
 
     def close(self) -> None:
         if self._tensorboard:
@@ -278,26 +276,6 @@ class RunFolder:
         return self._tensorboard
 
 
-class _Driver(NamedTuple):
-    host: str
-    process: int
-    job: str  # Slurm's; empty outside of one
-
-    def __str__(self) -> str:
-        return f"process {self.process} on {self.host}" + (f" of job {self.job}" if self.job else "")
-
-
-def _lock(file: TextIO) -> _Driver | None:
-    """None when this process has the lock now; else who has it."""
-    if take_lock(file):
-        return None
-    file.seek(0)
-    try:
-        return _Driver(*json.loads(file.read()))
-    except (ValueError, TypeError):  # it has only just begun
-        return _Driver("an unknown host", 0, "")
-
-
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -305,9 +283,12 @@ def _finite(value: Any) -> Any:
 def _take(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
     if any(item.name != "slurm" for item in path.iterdir()):  # slurm/: laid there before the run began
-        raise UserError(
-            f"run_dir={path} exists and is not empty; choose another, or go on with `or1 train --resume {path}`"
-        )
+        again = ""
+        if any(path.glob("checkpoints/step-*")):
+            again = f", or go on with `or1 train --resume {quote(str(path))}`"
+        elif (path / "config.yaml").is_file():
+            again = ", or remove it: its run has no checkpoint to go on from"
+        raise UserError(f"run_dir={path} exists and is not empty; choose another{again}")
     return path
 
 

@@ -6,18 +6,18 @@ it is asked again, then the job's record and the accounting are, and the attempt
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
-import yaml
-
 from or1_megatron.errors import UserError
+from or1_megatron.recipe import layers
+from or1_megatron.runfiles import driver_of, read_metrics, read_object
 
 _ASK_AGAIN_S = 2.0
 _LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
@@ -52,45 +52,80 @@ def find_run(target: str) -> Path:
 
 
 def status_lines(run: Path) -> list[str]:
-    """What `or1 status` prints."""
-    job = _json(run / "slurm" / "job.json")
-    config: Any = yaml.safe_load(_text(run / "config.yaml") or _text(run / "slurm" / "recipe.yaml")) or {}
-    lines = [f"run       {run}", f"name      {config.get('name', job.get('name', '?'))}"]
-    rows = [row for row in _metrics(run) if "seconds/step" in row]
+    """What `or1 status` prints. Raises UserError when the configuration or job.json is damaged."""
+    job = read_object(run / "slurm" / "job.json") if (run / "slurm" / "job.json").is_file() else {}
+    config = _configuration(run)
+    jobs = [(id, ask_slurm(id)) for id in _job_ids(run)]
     saved = sorted(path.parent.name for path in run.glob("checkpoints/step-*/driver.json"))
     newest = int(saved[-1].rpartition("-")[2]) if saved else 0
     total = config.get("steps", "?")
+    damage, rows = "", []
+    try:
+        rows = [row for row in read_metrics(run) if "seconds/step" in row]
+    except UserError as error:  # the rest is to be seen all the same
+        damage = str(error)
+    complete = isinstance(total, int) and bool(rows) and rows[-1]["step"] >= total
+    driven, state = _state(run, newest, complete=complete, submitted=bool(jobs))
+    lines = [f"run       {run}", f"name      {config.get('name', job.get('name', '?'))}", *state]
     if rows:
-        last = rows[-1]
-        recent = [row["seconds/step"] for row in rows[-8:]]
-        mean = sum(recent) / len(recent)
-        left = f", about {(total - last['step']) * mean / 60:.0f} minutes to go" if isinstance(total, int) else ""
-        lines.append(
-            f"step      {last['step']} of {total}; checkpoint after {newest or 'none'}; {mean:.1f} s a step{left}"
-        )
-        lines.append(
-            f"reward    {_number(last, 'reward/mean', '.3f')}, entropy {_number(last, 'entropy/signal', '.3f')}"
-        )
-        age = time.time() - (run / "metrics.jsonl").stat().st_mtime
-        lines.append(
-            f"speed     {_number(last, 'tokens_per_second', '.0f')} tokens/s; last step {age / 60:.1f} minutes ago"
-        )
+        lines += _step_lines(run, rows, total, newest, driven or any(found.state == "RUNNING" for _, found in jobs))
     else:
-        lines.append(f"step      0 of {total}")
+        lines.append(f"step      {damage or f'0 of {total}'}")
+    for id, found in jobs:
+        lines += _job_lines(run, id, found)
+    return lines
+
+
+def _step_lines(run: Path, rows: list[dict[str, Any]], total: Any, newest: int, running: bool) -> list[str]:
+    last = rows[-1]
+    recent = [row["seconds/step"] for row in rows[-8:]]
+    mean = sum(recent) / len(recent)
+    to_go = running and isinstance(total, int)
+    left = f", about {(total - last['step']) * mean / 60:.0f} minutes to go" if to_go else ""
+    age = time.time() - (run / "metrics.jsonl").stat().st_mtime
+    return [
+        f"step      {last['step']} of {total}; checkpoint after {newest or 'none'}; {mean:.1f} s a step{left}",
+        f"reward    {_number(last, 'reward/mean', '.3f')}, entropy {_number(last, 'entropy/signal', '.3f')}",
+        f"speed     {_number(last, 'tokens_per_second', '.0f')} tokens/s; last step {age / 60:.1f} minutes ago",
+    ]
+
+
+def _state(run: Path, newest: int, *, complete: bool, submitted: bool) -> tuple[bool, list[str]]:
+    """Whether a driver is at it, and the line. submitted: Slurm has jobs of it, whose own lines say how it goes on."""
+    try:
+        driver = driver_of(run)
+    except OSError as error:
+        return False, [f"state     not known: {run / 'driver.lock'}: {error.strerror}"]
+    if driver:
+        return True, [f"state     running: {driver}"]
+    if complete:
+        return False, ["state     complete"]
+    if submitted:
+        return False, []
+    again = f"go on with: or1 train --resume {quote(str(run))}" if newest else "it has no checkpoint to go on from"
+    return False, [f"state     not running; {again}"]
+
+
+def _configuration(run: Path) -> dict[str, Any]:
+    """The resolved one; before the run has begun, what its recipe says."""
+    for path in (run / "config.yaml", run / "slurm" / "recipe.yaml"):
+        if path.is_file():
+            return {name: value for _, tree in layers(path, ()) for name, value in tree.items()}
+    return {}
+
+
+def _job_ids(run: Path) -> list[str]:
     folders = {path.name.partition("-")[2] for path in run.glob("slurm/job-*/")}
     submitted = _text(run / "slurm" / "jobs").split()
     begun = sorted(folders, key=lambda id: (len(id), id))
     # A task of an array has a number of its own once it has begun; a job may also have been submitted by hand.
     known = submitted if not folders or folders.intersection(submitted) else []
-    for id in [*known, *(id for id in begun if id not in known)]:
-        lines += _job_lines(run, id)
-    return lines
+    return [*known, *(id for id in begun if id not in known)]
 
 
-def _job_lines(run: Path, id: str) -> list[str]:
+def _job_lines(run: Path, id: str, found: JobState) -> list[str]:
     attempts = sorted((run / "slurm" / f"job-{id}").glob("attempt-*"), key=_number_of)
     said = _text(attempts[-1] / "end").strip() if attempts else ""
-    found = ask_slurm(id)
     if found.state in _LIVE:
         left = f", {found.left} to the time limit" if found.left and found.state == "RUNNING" else ""
         state = f"{found.state}{left}{f' ({found.reason})' if found.reason not in ('', 'None') else ''}"
@@ -154,10 +189,6 @@ def log_lines(run: Path, name: str | None, count: int) -> list[str]:
     return [*lines, f"logs: {', '.join(known)}"]
 
 
-def _metrics(run: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in _text(run / "metrics.jsonl").split("\n")[:-1]]
-
-
 def _number(row: dict[str, Any], name: str, form: str) -> str:
     value = row.get(name)
     return "-" if value is None else format(value, form)
@@ -169,10 +200,6 @@ def _number_of(path: Path) -> int:
 
 def _text(path: Path) -> str:
     return path.read_text(errors="replace") if path.is_file() else ""
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(_text(path) or "{}")
 
 
 def _ask(*words: str) -> str | None:

@@ -18,14 +18,21 @@ def newest_checkpoint(run: Path) -> int:
     return max((int(name.rpartition("-")[2]) for name in found), default=-1)
 
 
+def _driver(run: Path) -> list:
+    """[host, process, Slurm job] that driver.lock names; without one, or while it is being written, nobody's."""
+    try:
+        return json.loads((run / "driver.lock").read_text())
+    except (OSError, ValueError):
+        return [None, None, None]
+
+
 def driven(run: Path) -> bool:
     """Whether the driver of another job is at this run; see RunFolder.driven."""
-    lock = run / "driver.lock"
     try:
-        with lock.open() as file:
+        with (run / "driver.lock").open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return f'"{os.environ.get("SLURM_JOB_ID", "")}"]' not in lock.read_text()
+        return _driver(run)[2] != os.environ.get("SLURM_JOB_ID", "")
     except OSError:
         return False
     return False
@@ -33,10 +40,7 @@ def driven(run: Path) -> bool:
 
 def hears(run: Path, driver: int) -> bool:
     """Whether this process, a driver, has the run in hand: until then it may be importing, and USR1 would end it."""
-    try:
-        return json.loads((run / "driver.lock").read_text())[1] == driver
-    except (OSError, ValueError):
-        return False
+    return _driver(run)[1] == driver
 
 
 def metrics(run: Path) -> list[dict]:

@@ -20,8 +20,8 @@ RINGS = (
     ("actor", "rollout", "reward", "data"),
     ("cluster", "processes", "handover"),
     (
-        *("train", "run", "inputs", "evaluate", "collect", "update", "runstate", "display", "runfolder", "timeline"),
-        *("doctor", "dryrun", "status", "plan", "accuracy", "responses", "report"),
+        *("train", "run", "inputs", "evaluate", "collect", "update", "runstate", "display", "runfolder", "runfiles"),
+        *("timeline", "doctor", "dryrun", "status", "plan", "accuracy", "responses", "report"),
     ),
     ("convert", "compare", "verify", "scoring", "prepare"),
     ("cli", "arguments", "commands", "__main__"),

@@ -21,11 +21,36 @@ from or1_megatron.cluster.workers import Workers
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError, WorkerDied
 from or1_megatron.handover import ACTOR_PARTS, ENGINE_PARTS, Handover, Part, Phase
+from or1_megatron.parallel.device import num_devices
 from or1_megatron.parallel.dims import Dims
 from or1_megatron.parallel.file_sums import FileSums
 from or1_megatron.processes import ActorRank, EngineProcess
 from or1_megatron.rollout.engine import SamplingSpec, engine_spec
 from or1_megatron.types import Group, MicroBatch, Prompt, TokenValues, UpdateResult
+
+
+def placed(config: Config, gpus_per_node: list[int], *, with_actor: bool = True) -> Placement:
+    """Where each process goes. Raises UserError when the run cannot be on such nodes: too few GPUs, or a transport or
+    an overlap that they do not allow."""
+    rollout = config.rollout
+    where = place(
+        gpus_per_node,
+        ranks=config.parallel.num_ranks if with_actor else 0,
+        engines=rollout.num_engines,
+        wanted=rollout.placement,
+        engine_tp=rollout.engine_tp,
+    )
+    if with_actor:
+        transport.check(rollout.transport, num_gpus=sum(gpus_per_node), colocated=where.colocated)
+    if where.colocated and rollout.overlap:
+        raise UserError("rollout.overlap=true needs engines beside the actor, but they take turns; use more GPUs")
+    return where
+
+
+def check_host(config: Config) -> None:
+    """As `placed`, before Ray is started on this host. What a cluster to be joined has is known when it is joined."""
+    if not joining.address_to_join():
+        placed(config, [num_devices()])
 
 
 class Cluster:
@@ -64,18 +89,8 @@ class Cluster:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         self._joined = joining.enter(max(256, 4 * self.config.rollout.bucket_mb) * 2**20)
         self._nodes = joining.nodes()
-        where = place(
-            [node.gpus for node in self._nodes],
-            ranks=self.config.parallel.num_ranks if self._with_actor else 0,
-            engines=self.config.rollout.num_engines,
-            wanted=self.config.rollout.placement,
-            engine_tp=self.config.rollout.engine_tp,
-        )
-        num_gpus = sum(node.gpus for node in self._nodes)
-        if self._with_actor:
-            transport.check(self.config.rollout.transport, num_gpus=num_gpus, colocated=where.colocated)
-        if where.colocated and self.config.rollout.overlap:
-            raise UserError("rollout.overlap=true needs engines beside the actor, but they take turns; use more GPUs")
+        gpus = [node.gpus for node in self._nodes]
+        where, num_gpus = placed(self.config, gpus, with_actor=self._with_actor), sum(gpus)
         self._launch_all(where)
         colocated = where.colocated
         devices = where.engine_devices or ((),) * len(self._engines)

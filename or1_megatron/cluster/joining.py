@@ -34,12 +34,22 @@ class Node:
     gpus: int
 
 
+def address_to_join() -> str:
+    """RAY_ADDRESS; empty: Ray is started on this host. Raises UserError for one that names no cluster."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address and ":" not in address:
+        raise UserError(
+            f"RAY_ADDRESS={address} names no cluster for certain: another's could answer; set host:port, or unset it"
+        )
+    return address
+
+
 def enter(object_store_bytes: int) -> bool:
     """Starts Ray on this host, or joins the cluster at RAY_ADDRESS and waits for it; whether it joined.
 
     Raises UserError for an address that names no cluster, RunFailure when nobody answers or nodes are missing.
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = address_to_join()
     if not address:
         with _own_sigterm():
             ray.init(
@@ -52,10 +62,6 @@ def enter(object_store_bytes: int) -> bool:
                 _node_ip_address="127.0.0.1",
             )
         return False
-    if ":" not in address:
-        raise UserError(
-            f"RAY_ADDRESS={address} names no cluster for certain: another's could answer; set host:port, or unset it"
-        )
     try:
         with _own_sigterm():
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)

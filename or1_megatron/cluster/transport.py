@@ -72,8 +72,6 @@ def choose(
             f"rollout.transport=gloo between hosts needs rollout.engine_tp=1, not {engine_tp}: the processes of such "
             "an engine see their own host only; use ray"
         )
-    if wanted == "ray" and verify:
-        raise UserError("rollout.verify_weights=true compares nothing with rollout.transport=ray; drop one of them")
     problem = lacking if one in DIRECT else None
     if one == "ipc" and not paired:
         problem = problem or "an engine's GPU has no rank whose weights it could map"

@@ -14,7 +14,6 @@ there and back; nothing is fitted. Weight push and the rest: medians.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Collection, Sequence
@@ -226,16 +225,3 @@ def calibrate(
         num_steps=len(steps),
         shares_prompts=any(row.get("packing/spared_tokens", 0) > 0 for row in updates),
     )
-
-
-def read_trace(text: str, origin: str) -> dict[str, Any]:
-    """Raises UserError when it is not a trace that a run wrote."""
-    try:
-        trace = json.loads(text)
-        trace["traceEvents"][0]["ph"]
-        trace["metadata"]["last_step"]
-    except (ValueError, TypeError, KeyError, IndexError):
-        raise UserError(
-            f"{origin} is not a trace that a run of this version has written; is the run still starting?"
-        ) from None
-    return trace

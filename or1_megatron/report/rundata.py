@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError
 from or1_megatron.profiling.decoding import tail_start
+from or1_megatron.runfiles import read_columns, read_rows, read_trace
 from or1_megatron.runfolder import RunFolder
 
 NEWEST_FILES = 20  # rollout files whose lengths are shown
@@ -80,7 +80,7 @@ class RunData:
 
 
 def read_run(path: str | Path) -> RunData:
-    """Raises UserError: no run folder, or no step in it yet."""
+    """Raises UserError: no run folder, no step in it yet, or a damaged file."""
     folder = RunFolder.open(path)
     rows = folder.read_metrics()
     steps = [_with_others(row) for row in rows if "seconds/rollout" in row]
@@ -92,7 +92,7 @@ def read_run(path: str | Path) -> RunData:
     _read_rollouts(run)
     file = folder.path / "trace.json"
     if file.is_file():
-        trace = json.loads(file.read_text())
+        trace = read_trace(file)
         # With an overlap the driver's span is what was left to wait for, not the engines' work.
         run.trace, run.tail = trace, None if folder.config.rollout.overlap else tail_of(trace)
     return run
@@ -107,18 +107,16 @@ def _with_others(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_rollouts(run: RunData) -> None:
-    import pyarrow.parquet
-
     last = f"step-{run.steps[-1]['step']:06d}.parquet"  # what is newer was left by a run that a resume took back
     files = sorted(file for file in run.folder.rollouts.glob("step-*.parquet") if file.name <= last)[-NEWEST_FILES:]
     for file in files:
-        table = pyarrow.parquet.read_table(file, columns=["length", "finish_reason"])
-        lengths, reasons = (table[name].to_pylist() for name in ("length", "finish_reason"))
-        run.lengths += lengths
-        cut = [length for length, reason in zip(lengths, reasons, strict=True) if reason == "length"]
+        columns = read_columns(file, ["length", "finish_reason"])
+        run.lengths += columns["length"]
+        ends = zip(columns["length"], columns["finish_reason"], strict=True)
+        cut = [length for length, reason in ends if reason == "length"]
         run.limit = max([run.limit, *cut])
     if files:
-        run.examples = examples(pyarrow.parquet.read_table(files[-1]).to_pylist())
+        run.examples = examples(read_rows(files[-1]))
 
 
 def examples(rows: Sequence[dict[str, Any]], each: int = 2) -> list[Example]:

@@ -324,9 +324,23 @@ def test_interrupted_conversion_leaves_nothing(tiny: Path, tmp_path: Path, monke
 
     hf_to_megatron(tiny, tmp_path / "megatron")
     monkeypatch.setattr(convert, "_set_dtype", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        megatron_to_hf(tmp_path / "megatron", tiny, tmp_path / "out")
-    assert left_in(tmp_path) == ["megatron"]
+    for out in ("out", "new/newer/out"):
+        with pytest.raises(KeyboardInterrupt):
+            megatron_to_hf(tmp_path / "megatron", tiny, tmp_path / out)
+        assert left_in(tmp_path) == ["megatron"]
+
+
+def test_a_folder_that_another_has_used_meanwhile_stays(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(convert, "write_megatron", lambda *_, **__: (tmp_path / "new" / "mine").touch() or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hf_to_megatron(tiny, tmp_path / "new" / "newer" / "out")
+    assert left_in(tmp_path) == ["new"] and left_in(tmp_path / "new") == ["mine"]
+
+
+def test_a_folder_that_cannot_be_made(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--out .*x+ cannot be made: File name too long"):
+        hf_to_megatron(tiny, tmp_path / "new" / ("x" * 300))
+    assert left_in(tmp_path) == []
 
 
 def write_large_model(path: Path) -> tuple[int, int]:

@@ -130,6 +130,24 @@ def test_calibration_finds_the_machine(tmp_path: Path, capsys: pytest.CaptureFix
 COUNTS = [{"responses": n, "rounds": done} for n, done in ((5, 7), (0, 9), (8, 0), (4, 2), (0, 5))]
 
 
+@pytest.mark.parametrize("name", ["rollouts/step-000004.parquet", "history/step-000004.parquet", "trace.json"])
+def test_a_file_of_the_run_that_was_cut_is_named(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = write_run(tmp_path)
+    RunFolder.open(run).save_history(4, [])
+    (run / name).write_bytes((run / name).read_bytes()[:-20])
+    capsys.readouterr()
+    assert cli.main(["plan", "launch/recipes/quickstart.yaml", "--calibrate", str(run)]) == 2
+    assert f"{run / name} " in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
+def test_a_trace_of_an_older_version_is_not_calibrated_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = write_run(tmp_path)
+    trace = json.loads((run / "trace.json").read_text())
+    (run / "trace.json").write_text(json.dumps({"traceEvents": trace["traceEvents"]}))
+    assert cli.main(["plan", "launch/recipes/quickstart.yaml", "--calibrate", str(run)]) == 2
+    assert "is not a trace that a run of this version has written" in capsys.readouterr().err
+
+
 def test_an_interval_counts_once_all_prompts_are_prefilled():
     """Eight responses to prompts of 10 tokens, 28 tokens a round beside those that decode: four rounds of 20."""
     assert [Interval(1, 8, 8, begun, 1.0).all_started(10, 28) for begun in (0, 3, 4)] == [False, False, True]

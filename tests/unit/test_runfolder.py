@@ -72,12 +72,20 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path: Path):
 
 
 def test_a_given_folder_must_be_free(tmp_path: Path):
-    config = make_config(tmp_path, f"run_dir={tmp_path / 'mine'}")
-    assert RunFolder.create(config).path == tmp_path / "mine"
-    before = sorted(path.name for path in (tmp_path / "mine").iterdir())
-    with pytest.raises(UserError, match="not empty.*--resume"):
-        RunFolder.create(config)
-    assert sorted(path.name for path in (tmp_path / "mine").iterdir()) == before
+    mine = tmp_path / "my run"
+    config = make_config(tmp_path, f"run_dir={mine}")
+    mine.mkdir()
+    for name, said in (
+        ("notes.txt", "not empty; choose another$"),
+        ("config.yaml", "not empty; choose another, or remove it: its run has no checkpoint"),
+        ("checkpoints/step-000001", "not empty; choose another, or go on with `or1 train --resume '.*/my run'`"),
+    ):
+        (mine / name).mkdir(parents=True) if name.startswith("checkpoints") else (mine / name).touch()
+        before = sorted(path.name for path in mine.iterdir())
+        with pytest.raises(UserError, match=said):
+            RunFolder.create(config)
+        assert sorted(path.name for path in mine.iterdir()) == before
+    assert RunFolder.create(make_config(tmp_path, f"run_dir={tmp_path / 'other'}")).path == tmp_path / "other"
 
 
 @pytest.mark.parametrize("key", ["run_dir", "runs_dir"])
@@ -310,6 +318,16 @@ def test_the_history_is_that_of_the_verdicts_from_the_first_step_to_the_last(tmp
     assert pyarrow.parquet.read_table(run.history / "step-000001.parquet")["truncated"].to_pylist() == [1]
     with pytest.raises(UserError, match=r"step-000004.parquet is gone"):
         run.read_history(3, 4)
+
+
+def test_history_that_was_cut_is_named(tmp_path: Path):
+    run = RunFolder.create(make_config(tmp_path))
+    run.save_history(1, make_groups())
+    file = run.history / "step-000001.parquet"
+    file.write_bytes(file.read_bytes()[:-20])
+    for read in (lambda: run.read_history(1, 1), lambda: list(run.read_lengths(1))):
+        with pytest.raises(UserError, match=rf"{file} cannot be read: .*; copy it anew, or remove it"):
+            read()
 
 
 def test_folders_of_one_second_are_numbered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import platform
+import shutil
 from pathlib import Path
 
 import pytest
 
 from or1_megatron import cli, status
+from or1_megatron.runfolder import RunFolder
 from or1_megatron.status import JobState, ask_slurm, status_lines
 
 
@@ -96,3 +101,77 @@ def test_logs(run: Path, capsys: pytest.CaptureFixture) -> None:
     capsys.readouterr()
     assert cli.main(["logs", str(run), "driver"]) == 0 and "line 49" in capsys.readouterr().out
     assert cli.main(["logs", str(run), "rank9"]) == 2 and "there are driver-node1" in capsys.readouterr().err
+
+
+def alone(run: Path) -> Path:
+    """The same run without Slurm."""
+    shutil.rmtree(run / "slurm")
+    return run
+
+
+def state(run: Path) -> str:
+    return next(line for line in status_lines(run) if line.startswith("state"))
+
+
+def test_who_runs_it_and_how_it_goes_on(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch)
+    alone(run)
+    again = f"state     not running; go on with: or1 train --resume {run}"
+    assert state(run) == again and "to go" not in "\n".join(status_lines(run)), "nobody has begun"
+    with RunFolder(run, None).driven():  # type: ignore[arg-type]
+        assert state(run) == f"state     running: process {os.getpid()} on {platform.node()}"
+        assert "about 3 minutes to go" in "\n".join(status_lines(run))
+    assert state(run) == again and "to go" not in "\n".join(status_lines(run))
+    with (run / "metrics.jsonl").open("w") as file:
+        file.write('{"step": 10, "seconds/step": 30.0}\n')
+    assert state(run) == "state     complete"
+    (run / "metrics.jsonl").unlink()
+    shutil.rmtree(run / "checkpoints")
+    assert state(run) == "state     not running; it has no checkpoint to go on from"
+
+
+def test_without_locks_it_is_not_said_to_stand_still(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch)
+    (alone(run) / "driver.lock").touch()
+
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert state(run) == f"state     not known: {run}/driver.lock: Function not implemented"
+
+
+def test_a_job_that_waits_is_not_to_be_resumed_by_hand(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, squeue=["PENDING|1:00:00|BeginTime\n"])
+    text = "\n".join(status_lines(run))
+    assert "job       7: PENDING (BeginTime)" in text and "--resume" not in text and "to go" not in text
+
+
+def test_damaged_files_end_it_with_one_line(run: Path, capsys: pytest.CaptureFixture) -> None:
+    for name, content, said in (
+        ("config.yaml", b"name: [tiny\nsteps", "config.yaml is not valid YAML"),
+        ("config.yaml", b"\xff\xfe\x00", "config.yaml is not valid YAML"),
+        ("config.yaml", b"- 1\n", "config.yaml holds a list"),
+        ("slurm/job.json", b'{"na', "job.json is not JSON"),
+    ):
+        (run / "config.yaml").write_text("name: tiny\n")
+        (run / name).write_bytes(content)
+        assert cli.main(["status", str(run)]) == 2
+        assert said in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_damaged_metrics_do_not_hide_the_job(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch, squeue=["RUNNING|3:02:11|None\n"])
+    with (run / "metrics.jsonl").open("w") as file:
+        file.write('{"step": 1, "seconds/step": 2}\n{"step": 2, "sec\n{"step": 3}\n')
+    text = "\n".join(status_lines(run))
+    assert f"step      {run}/metrics.jsonl line 2 is no JSON object with a step; remove that line" in text
+    assert "job       7: RUNNING" in text
+
+
+def test_a_recipe_that_waits_for_its_job_inherits(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers(monkeypatch)
+    (run / "config.yaml").unlink()
+    (run / "slurm" / "recipe-1.yaml").write_text("name: parent\nsteps: 20\n")
+    (run / "slurm" / "recipe.yaml").write_text("inherits: recipe-1.yaml\nname: child\n")
+    assert {"name      child", "step      4 of 20; checkpoint after 4; 30.0 s a step"} < set(status_lines(run))

@@ -72,6 +72,28 @@ def make_run(root: Path, name: str, steps: int = 6, rollout_s: float = 7.0, word
     return run.path
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize("name", ["trace.json", "rollouts/step-000006.parquet", "rollouts/step-000002.parquet"])
+def test_a_file_that_was_cut_is_named_and_may_be_removed(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    runs = [make_run(tmp_path, "good"), make_run(tmp_path, "short")]
+    cut(runs[1] / name)
+    assert cli.main(["report", *map(str, runs), "--out", str(tmp_path / "page")]) == 2
+    assert f"{runs[1] / name} " in (said := capsys.readouterr().err) and said.count("\n") == 1
+    (runs[1] / name).unlink()
+    read_run(runs[1])
+
+
+def test_a_line_of_the_metrics_that_is_torn_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = make_run(tmp_path, "torn")
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join([lines[0], lines[1][:40] + "\n", *lines[2:]]))
+    assert cli.main(["report", str(run)]) == 2
+    assert "metrics.jsonl line 2 " in (said := capsys.readouterr().err) and said.count("\n") == 1
+
+
 def test_tables_advice_and_tail(tmp_path: Path):
     run = read_run(make_run(tmp_path, "long"))
     assert run.tail == tail_of(json.loads((run.folder.path / "trace.json").read_text()))
