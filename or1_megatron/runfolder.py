@@ -31,7 +31,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from shlex import quote
@@ -238,11 +238,12 @@ class RunFolder:
 
     def read_lengths(self, last: int) -> Iterator[tuple[str, int, int]]:
         """(uid, tokens of all responses, responses) of the groups of the steps up to `last`, in order, as far as the
-        history is there: it serves speed, not correctness. Raises UserError when a file is damaged."""
+        history is there and sound: it serves speed, not correctness."""
         for path in sorted(self.history.glob("step-*.parquet")):
-            columns = read_columns(path) if int(path.stem.removeprefix("step-")) <= last else {}
-            if "tokens" in columns:
-                yield from zip(columns["uid"], columns["tokens"], columns["responses"], strict=True)
+            if int(path.stem.removeprefix("step-")) <= last:
+                with suppress(UserError):  # damaged, or of a version that noted no tokens
+                    columns = read_columns(path, ["uid", "tokens", "responses"])
+                    yield from zip(columns["uid"], columns["tokens"], columns["responses"], strict=True)
 
     def close(self) -> None:
         if self._tensorboard:

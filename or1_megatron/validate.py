@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any
 
@@ -49,7 +48,6 @@ def validate(config: Config) -> None:
             f"data.weights={weights} must hold one number above 0 for each of the {len(config.data.train)} files of "
             "data.train"
         )
-    _validate_response_limit(config)
     _validate_temperatures(config)
     stale = "rollout.overlap=true" if rollout.overlap else "rollout.refill=expected"
     if (rollout.overlap or rollout.refill == "expected") and not config.may_train_stale:
@@ -73,15 +71,6 @@ def validate(config: Config) -> None:
         raise UserError(f"rollout.max_generated_factor={rollout.max_generated_factor} must be at least 1")
     if "" in rollout.stop:
         raise UserError(f"rollout.stop={rollout.stop} holds an empty string, which would end every response; drop it")
-
-
-def _validate_response_limit(config: Config) -> None:
-    limit, context = config.rollout.max_response_length, config.rollout.context_length
-    if limit > context:
-        raise UserError(
-            f"rollout.max_response_length={limit} is above rollout.context_length={context}, which holds prompt and "
-            "response; use less, a larger context, or 0 for whatever the context leaves"
-        )
 
 
 def _validate_temperatures(config: Config) -> None:
@@ -116,12 +105,9 @@ def _validate_stages(config: Config) -> None:
         )
     if config.stages[-1].patience:
         raise UserError("stages: the last stage has patience but no stage follows it; leave it out there")
-    _validate_response_limit(config.widest())  # one that all rows take may be above the context of some
-    for number, stage in enumerate(config.stages, 1):
-        one = config.in_stage(number - 1)
-        own = dataclasses.replace(one.rollout, max_response_length=stage.max_response_length)
+    for number in range(1, len(ends) + 1):
         try:
-            validate(dataclasses.replace(one, rollout=own))
+            validate(config.in_stage(number - 1))
         except UserError as error:
             raise UserError(f"stage {number}: {error}") from None
 
