@@ -115,6 +115,16 @@ def test_stream_deals_every_prompt_each_epoch_and_resumes() -> None:
         resumed.load_state_dict({"epoch": 0, "position": 0, "num_prompts": 8})
 
 
+def test_what_transformers_cannot_read_may_be_config_json(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", "llama", tied=True)
+    architecture = read_architecture(model)
+    (model / "tokenizer_config.json").unlink()  # names the tokenizer's class; without it config.json has to
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "bos_token_id": "x"}))
+    with pytest.raises(UserError, match="bos_token_id.*; mend config.json if a key of it is named, else copy "):
+        load_tokenizer(str(model), architecture)
+
+
 def test_only_problems_of_the_wanted_difficulty(tmp_path: Path, tokenizer):
     rows = [{**GOOD, "extra_info": {"model_difficulty": {"7B": n, "32B": 0}}} for n in (0, 1, 9, 15, 16)]
     file = write(tmp_path / "p.jsonl", *rows)
