@@ -126,8 +126,8 @@ def _add_verify(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="score a file of responses; compare verifiers",
-        description="A row (.jsonl, .json, .parquet) has response, ground_truth; optional: data_source, truncated, "
-        "prompt (as the model saw it), correct (true or false), difficulty (a number or text).",
+        description="A row (.jsonl, .json, .parquet) has response, ground_truth; optional: data_source, truncated (true or "
+        "false), prompt (as the model saw it), correct (true or false), difficulty (a number or text).",
     )
     verify.add_argument("file", metavar="FILE", type=Path)
     verify.add_argument("--out", metavar="FILE", type=Path, help="verdict of each row, one JSON line each")

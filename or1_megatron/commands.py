@@ -91,9 +91,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from or1_megatron.peers import compare
     from or1_megatron.reward.isolation import LEVELS
     from or1_megatron.sections import RewardConfig
-    from or1_megatron.verify import compare, verify
+    from or1_megatron.verify import verify
 
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: use 1 or more")

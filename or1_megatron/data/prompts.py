@@ -135,7 +135,7 @@ def _prompt(
             f"{place}: the prompt has {len(tokens)} tokens, which leaves no room for a response in "
             f"rollout.context_length={context_length}; raise it or drop the problem"
         )
-    return Prompt(uid, text, tuple(tokens), gold, str(row.get("data_source", "")))
+    return Prompt(uid, text, tuple(tokens), gold, str(row.get("data_source", "")), place)
 
 
 def _text(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase, instruction_suffix: str) -> str:

@@ -130,6 +130,7 @@ def test_only_problems_of_the_wanted_difficulty(tmp_path: Path, tokenizer):
     file = write(tmp_path / "p.jsonl", *rows)
     found = load_prompts(file, tokenizer, context_length=64, wanted=Difficulty("7B", 1, 15))
     assert [prompt.uid for prompt in found] == ["p.jsonl:1", "p.jsonl:2", "p.jsonl:3"]  # as without the filter
+    assert [prompt.place for prompt in found] == [f"{tmp_path / 'p.jsonl'} line {line}" for line in (2, 3, 4)]
     with pytest.raises(UserError, match=r"p.jsonl has no problem of difficulty 1 to 15 for 32B"):
         load_prompts(file, tokenizer, context_length=64, wanted=Difficulty("32B", 1, 15))
     with pytest.raises(UserError, match=r"line 1: .* has no number for 1B; it has 7B, 32B"):
