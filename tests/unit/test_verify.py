@@ -171,7 +171,7 @@ def test_bad_options(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["verify", "x", "--workers", "0"]) == 2
     assert cli.main(["verify", "x", "--require-isolation", "total"]) == 2
     assert "use one of rlimits, partial, full, namespaces" in capsys.readouterr().err
-    for words in (["--plot", "p.png"], ["--install"], ["--compare", "--out", "c.jsonl"]):
+    for words in (["--plot", "p.png"], ["--install"], ["--peers", "p"], ["--compare", "--out", "c.jsonl"]):
         assert cli.main(["verify", "x", *words]) == 2
         said = capsys.readouterr().err
         assert "--compare" in said and "does not exist" not in said
