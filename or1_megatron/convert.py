@@ -109,11 +109,11 @@ def export(run: Path, step: int | None, out: Path | None, *, dtype: str | None =
 
 
 def parse_size(text: str) -> int:
-    """'5GB', '500MB', '200KB' or a plain number of bytes, decimal as Hugging Face reads it -> bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip().upper())
-    size = int(float(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]) if match else 0
+    """'5GB', '500MB' or '200KB', decimal as Hugging Face reads it -> bytes. Raises UserError, also without a unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip().upper())
+    size = int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]) if match else 0
     if size < 1:
-        raise UserError(f"--max-shard-size {text!r} is not a size; write e.g. 5GB or 500MB")
+        raise UserError(f"--max-shard-size {text!r} is not a size with its unit; write e.g. 5GB or 500MB")
     return size
 
 

@@ -13,6 +13,7 @@ Neither may depend on the number of workers or on the order in which they finish
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -116,6 +117,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises UserError; for an option's `__post_init__`, so that a recipe is refused before it runs."""
     if value not in choices:
         raise UserError(f"{name}={value!r} is not known; give {' or '.join(choices)}")
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Raises UserError; for an options' `__post_init__`."""
+    for name in names:
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"{name}={getattr(options, name)} must be above 0")
 
 
 @dataclass(frozen=True)

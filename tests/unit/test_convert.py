@@ -101,7 +101,7 @@ def test_any_checkpoint_comes_back_bit_for_bit(case: tuple, seed: int, tmp_path_
     (root / "hf" / "config.json").write_text(json.dumps(config))
     save_file(tensors, root / "hf" / "model.safetensors")
     hf_to_megatron(root / "hf", root / "megatron")
-    megatron_to_hf(root / "megatron", root / "megatron", root / "back", max_shard_size=str(shard_bytes))
+    megatron_to_hf(root / "megatron", root / "megatron", root / "back", max_shard_size=f"{shard_bytes / 1000}KB")
     assert_same_bits(tensors, tensors_of(root / "back"))
     assert (root / "back" / "config.json").read_bytes() == (root / "hf" / "config.json").read_bytes()
     files = len(list((root / "back").glob("*.safetensors")))
@@ -240,14 +240,14 @@ def test_bad_megatron_directories_are_named(tiny: Path, tmp_path: Path) -> None:
     assert left_in(tmp_path) == ["deeper", "megatron", "torn"]
 
 
-@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0"])
+@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "0GB", "5", "5B"])
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(UserError, match="--max-shard-size"):
         parse_size(text)
 
 
 def test_sizes() -> None:
-    assert [parse_size(text) for text in ("5GB", "1.5mb", "700")] == [5 * 10**9, 1_500_000, 700]
+    assert [parse_size(text) for text in ("5GB", "1.5mb", "0.7 KB")] == [5 * 10**9, 1_500_000, 700]
 
 
 @pytest.fixture

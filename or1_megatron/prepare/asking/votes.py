@@ -29,6 +29,7 @@ from or1_megatron.prepare.step import (
     Step,
     Table,
     TableStep,
+    check_positive,
     information,
     option,
     with_information,
@@ -148,8 +149,7 @@ class KeepOptions:
     ability: str = option("math", "problems that must have votes, others pass; empty: all")
 
     def __post_init__(self) -> None:
-        if self.keep <= 0:
-            raise UserError(f"keep={self.keep} must be above 0")
+        check_positive(self, "keep")
 
 
 def open_keep(options: KeepOptions) -> JudgeRow:
