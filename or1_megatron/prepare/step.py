@@ -62,6 +62,10 @@ class Unusable(ValueError):
         self.drop = Drop(reason, detail)
 
 
+class Finished(Exception):
+    """A TableStep was asked for no rows, only for what it has told by now: the preparation ends here, and well."""
+
+
 def information(row: Row) -> dict[str, Any]:
     """What `info` holds. Raises UserError when it is no JSON object."""
     try:
