@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from or1_megatron.errors import UserError, either
+from or1_megatron.errors import UserError, either, no_folder
 
 # HF's model_type -> what the family has beyond the plain decoder; the tensors of each part are in parallel/layout.py.
 FAMILIES: dict[str, frozenset[str]] = {
@@ -102,14 +102,15 @@ class Architecture:
         return (self.matrix_parameters_per_layer + head) / (self.num_heads * self.head_dim)
 
 
-def read_architecture(model: str | Path) -> Architecture:
-    """config.json of an HF checkpoint directory. Raises UserError: missing, corrupt or unsupported."""
+def read_architecture(model: str | Path, option: str = "model.path=") -> Architecture:
+    """config.json of a model directory, which the user gave as `option`. Raises UserError: missing, corrupt or
+    unsupported."""
     path = Path(model)
     if not path.is_dir():
-        raise UserError(f"model.path={path} is not a directory; give an HF checkpoint directory")
+        raise UserError(f"{option}{path} {no_folder(path)}; give a model directory")
     file = path / "config.json"
     if not file.is_file():
-        raise UserError(f"{path} holds no config.json; it is not an HF checkpoint directory")
+        raise UserError(f"{option}{path} holds no config.json; give a model directory that has one")
     try:
         values = json.loads(file.read_text())
     except (ValueError, UnicodeDecodeError) as error:

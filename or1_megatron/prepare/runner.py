@@ -135,7 +135,8 @@ def _files(node: Node) -> list[Path]:
         paths = node.step.files(node.options)
     for path in paths:
         if not path.is_file():
-            raise UserError(f"steps.{node.name}: {path} does not exist")
+            lack = "is a folder; give a file" if path.is_dir() else "does not exist"
+            raise UserError(f"steps.{node.name}: {path} {lack}")
     return paths
 
 

@@ -107,11 +107,13 @@ def test_null_stands_for_the_default() -> None:
 
 
 def test_missing_and_corrupt_files_are_named(tmp_path) -> None:
-    with pytest.raises(UserError, match="is not a directory"):
+    with pytest.raises(UserError, match="^model.path=.*none does not exist; give a model directory"):
         read_architecture(tmp_path / "none")
     with pytest.raises(UserError, match="no config.json"):
         read_architecture(tmp_path)
     (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="^--hf .*config.json is a file; give a model directory"):
+        read_architecture(tmp_path / "config.json", "--hf ")
     with pytest.raises(UserError, match="not valid JSON"):
         read_architecture(tmp_path)
 

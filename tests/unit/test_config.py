@@ -77,6 +77,7 @@ def test_every_key_is_documented():
         ("steps=5 # five", "steps"),
         ("optimizer=3", "optimizer is a section"),
         ("steps=many", "steps"),
+        ("model.path=", "model.path is empty; give a model directory"),
         ("data.train=foo.jsonl", "data.train=foo.jsonl must be a list; write data.train=[foo.jsonl]"),
         (
             "evaluation.temperatures=0.6",

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from or1_megatron import convert
+from or1_megatron import cli, convert
 from or1_megatron.architecture import parse_architecture
 from or1_megatron.convert import hf_to_megatron, megatron_to_hf, parse_size
 from or1_megatron.errors import RunFailure, UserError
@@ -238,6 +238,30 @@ def test_bad_megatron_directories_are_named(tiny: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"\.metadata cannot be read"):
             megatron_to_hf(torn, torn, tmp_path / "out")
     assert left_in(tmp_path) == ["deeper", "megatron", "torn"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["to-hf", "--megatron", "none"], "--megatron none does not exist; give a Megatron checkpoint directory"),
+        (
+            ["to-hf", "--megatron", "bare"],
+            "--megatron bare holds no config.json; give the model's directory with --hf-",
+        ),
+        (["to-hf", "--megatron", "bare", "--hf-config", "none"], "--hf-config none does not exist; give a model"),
+        (["to-megatron", "--hf", "none"], "--hf none does not exist; give a model directory"),
+        (["to-megatron", "--hf", "file"], "--hf file is a file; give a model directory"),
+        (["verify", "bare", "none"], "bare holds no config.json; give a model directory that has one"),
+    ],
+)
+def test_messages_name_what_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "file").touch()
+    assert cli.main(["convert", *words, *([] if words[0] == "verify" else ["--out", "out"])]) == 2
+    assert capsys.readouterr().err.startswith(f"or1: error: {said}")
 
 
 @pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "0GB", "5", "5B"])

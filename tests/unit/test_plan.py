@@ -187,6 +187,7 @@ def test_the_kept_share_follows_the_group_size():
         (["--gpus", "8", "--kept", "0"], "--kept 0"),
         (["--gpus", "8"], "does not fit"),
         (["--gpus", "8", "model.path=models/mine"], "models/mine is not here"),
+        (["--gpus", "8", f"model.path={RECIPES}"], "recipes holds no config.json, and recipes is none of"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):

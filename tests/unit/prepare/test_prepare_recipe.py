@@ -93,6 +93,18 @@ MISTAKES = {
 }  # fmt: skip
 
 
+def test_what_is_there_is_not_said_to_be_missing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.jsonl").mkdir()
+    for given, said in (
+        (recipe, "rows.jsonl is a folder; give a file"),
+        (tmp_path, " is a folder; give a YAML file"),
+        (tmp_path / "none.yaml", "for or1 prepare launch/recipes/data/"),
+    ):
+        assert cli.main(["prepare", str(given)]) == 2
+        assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("old", "new", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line_and_nothing_is_written(
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], old: str, new: str, message: str
