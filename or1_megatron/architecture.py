@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from or1_megatron.errors import UserError, either
+from or1_megatron.errors import UserError, either, no_folder
 
 # HF's model_type -> what the family has beyond the plain decoder; the tensors of each part are in parallel/layout.py.
 FAMILIES: dict[str, frozenset[str]] = {
@@ -28,11 +28,17 @@ _READ = frozenset(
     "rope_parameters attention_bias".split()
 )
 _NO_EFFECT = frozenset(
-    "torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id unk_token_id "
+    "transformers_version use_cache bos_token_id eos_token_id pad_token_id unk_token_id "
     "initializer_range is_llama_config max_window_layers sliding_window transformers.js_config attn_implementation "
     "return_dict output_hidden_states output_attentions id2label label2id problem_type chunk_size_feed_forward "
     "is_encoder_decoder".split()
 )
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_DTYPES = ("float32", "bfloat16", "float16", "float64")  # as written; a run has its own, model.dtype
+_ROPE_NUMBERS = (
+    "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",
+    "original_max_position_embeddings",
+)  # fmt: skip
 _MUST_BE: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "mlp_bias": (False,),
@@ -96,14 +102,15 @@ class Architecture:
         return (self.matrix_parameters_per_layer + head) / (self.num_heads * self.head_dim)
 
 
-def read_architecture(model: str | Path) -> Architecture:
-    """config.json of an HF checkpoint directory. Raises UserError: missing, corrupt or unsupported."""
+def read_architecture(model: str | Path, option: str = "model.path=") -> Architecture:
+    """config.json of a model directory, which the user gave as `option`. Raises UserError: missing, corrupt or
+    unsupported."""
     path = Path(model)
     if not path.is_dir():
-        raise UserError(f"model.path={path} is not a directory; give an HF checkpoint directory")
+        raise UserError(f"{option}{path} {no_folder(path)}; give a model directory")
     file = path / "config.json"
     if not file.is_file():
-        raise UserError(f"{path} holds no config.json; it is not an HF checkpoint directory")
+        raise UserError(f"{option}{path} holds no config.json; give a model directory that has one")
     try:
         values = json.loads(file.read_text())
     except (ValueError, UnicodeDecodeError) as error:
@@ -111,54 +118,107 @@ def read_architecture(model: str | Path) -> Architecture:
     return parse_architecture(values, str(file))
 
 
-def parse_architecture(values: dict[str, Any], origin: str) -> Architecture:
-    """The checked reading of a config.json's mapping; `origin` names it in errors."""
+def parse_architecture(values: Any, origin: str) -> Architecture:
+    """The checked reading of what config.json holds; `origin` names it in errors. Raises UserError."""
+    if not isinstance(values, dict):
+        raise UserError(f"{origin} holds a {type(values).__name__}; it must be a mapping of keys to values")
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise UserError(f"{origin}: model_type={family!r} is not supported; known families: {', '.join(FAMILIES)}")
+    _check_support(values, origin)
+    numbers = _Numbers(values, origin)
+    hidden, heads = numbers.whole("hidden_size"), numbers.whole("num_attention_heads")
+    kv_heads = numbers.whole("num_key_value_heads", default=heads)
+    if heads % kv_heads:
+        raise UserError(f"{origin}: num_key_value_heads={kv_heads} must divide num_attention_heads={heads}")
+    if values.get("head_dim") is None and hidden % heads:
+        raise UserError(f"{origin}: num_attention_heads={heads} must divide hidden_size={hidden}, or give head_dim")
+    return Architecture(
+        family=family,
+        num_layers=numbers.whole("num_hidden_layers"),
+        hidden_size=hidden,
+        ffn_hidden_size=numbers.whole("intermediate_size"),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=numbers.whole("head_dim", default=hidden // heads),
+        vocab_size=numbers.whole("vocab_size"),
+        norm_eps=numbers.positive("rms_norm_eps"),
+        qkv_bias=_qkv_bias(family, values, origin),
+        qk_norm="qk_norm" in FAMILIES[family],
+        tied=numbers.flag("tie_word_embeddings"),
+        max_positions=numbers.whole("max_position_embeddings"),
+        rope_type=_rope_type(values, origin),
+    )
+
+
+def _check_support(values: dict[str, Any], origin: str) -> None:
     for name, value in values.items():
         if name in _MUST_BE:
             if value not in _MUST_BE[name]:
                 raise UserError(f"{origin}: {name}={value!r} is not supported; only {_MUST_BE[name][0]!r} is")
         elif name == "layer_types":
-            if value and set(value) != {"full_attention"}:
-                raise UserError(f"{origin}: layer_types={sorted(set(value))} is not supported; only full_attention is")
+            kinds = value if isinstance(value, list) else [value]
+            if value is not None and any(kind != "full_attention" for kind in kinds):
+                raise UserError(f"{origin}: layer_types={value!r:.80} is not supported; only full_attention is")
+        elif name in _DTYPE_KEYS:
+            if value is not None and value not in _DTYPES:
+                raise UserError(f"{origin}: {name}={value!r} is not known; it must be one of {', '.join(_DTYPES)}")
         elif name not in _READ and name not in _NO_EFFECT and not name.startswith("_"):  # _: the writer's own notes
             raise UserError(f"{origin}: {name}={value!r} is not known to this version, so its effect would be lost")
-    try:
-        hidden, heads = int(values["hidden_size"]), int(values["num_attention_heads"])
-        return Architecture(
-            family=family,
-            num_layers=int(values["num_hidden_layers"]),
-            hidden_size=hidden,
-            ffn_hidden_size=int(values["intermediate_size"]),
-            num_heads=heads,
-            num_kv_heads=int(values.get("num_key_value_heads") or heads),
-            head_dim=int(values.get("head_dim") or hidden // heads),
-            vocab_size=int(values["vocab_size"]),
-            norm_eps=float(values["rms_norm_eps"]),
-            qkv_bias=_qkv_bias(family, values, origin),
-            qk_norm="qk_norm" in FAMILIES[family],
-            tied=bool(values.get("tie_word_embeddings", False)),
-            max_positions=int(values["max_position_embeddings"]),
-            rope_type=_rope_type(values, origin),
-        )
-    except KeyError as error:
-        raise UserError(f"{origin}: {error.args[0]} is missing") from None
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Reads keys of one mapping of config.json; raises UserError naming file, key and value."""
+
+    values: dict[str, Any]
+    origin: str
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        """default: what an absent key or null stands for; None: there must be a number."""
+        value = self._given(name, default)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{self.origin}: {name}={json.dumps(value):.60} must be a whole number above 0")
+        return value
+
+    def positive(self, name: str, default: float | None = None) -> float:
+        value = self._given(name, default)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise UserError(f"{self.origin}: {name}={json.dumps(value):.60} must be a number above 0")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self._given(name, False)
+        if not isinstance(value, bool):
+            raise UserError(f"{self.origin}: {name}={json.dumps(value):.60} must be true or false")
+        return value
+
+    def _given(self, name: str, default: Any) -> Any:
+        if default is None and name not in self.values:
+            raise UserError(f"{self.origin}: {name} is missing")
+        value = self.values.get(name)
+        return default if value is None else value
 
 
 def _qkv_bias(family: str, values: dict[str, Any], origin: str) -> bool:
     has_bias = "qkv_bias" in FAMILIES[family]
-    if values.get("attention_bias") and not has_bias:
+    if _Numbers(values, origin).flag("attention_bias") and not has_bias:
         raise UserError(f"{origin}: attention_bias=true is not supported for {family} (it would add an output bias)")
     return has_bias
 
 
 def _rope_type(values: dict[str, Any], origin: str) -> str:
-    scaling = values.get("rope_scaling") or values.get("rope_parameters") or {}
+    _Numbers(values, origin).positive("rope_theta", default=1.0)
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(values.get(name) or {}, dict):
+            raise UserError(f"{origin}: {name}={values[name]!r:.60} must be a mapping, or null")
+    name = "rope_scaling" if values.get("rope_scaling") else "rope_parameters"
+    scaling = values.get(name) or {}
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise UserError(f"{origin}: rope type {kind!r} is not supported; known: {', '.join(ROPE_TYPES)}")
+    for number in _ROPE_NUMBERS:
+        _Numbers(scaling, f"{origin}: {name}").positive(number, default=1.0)
     return kind
 
 

@@ -126,8 +126,8 @@ def _add_verify(commands: Any) -> None:
     verify = commands.add_parser(
         "verify",
         help="score a file of responses; compare verifiers",
-        description="A row (.jsonl, .json, .parquet) has response, ground_truth; optional: data_source, truncated, "
-        "prompt (as the model saw it), correct (true or false), difficulty (a number or text).",
+        description="A row (.jsonl, .json, .parquet) has response, ground_truth; optional: data_source, truncated "
+        "(true or false), prompt (as the model saw it), correct (true or false), difficulty (a number or text).",
     )
     verify.add_argument("file", metavar="FILE", type=Path)
     verify.add_argument("--out", metavar="FILE", type=Path, help="verdict of each row, one JSON line each")
@@ -138,10 +138,7 @@ def _add_verify(commands: Any) -> None:
     )  # fmt: skip
     verify.add_argument("--compare", action="store_true", help="with other verifiers (math answers), locked down")
     verify.add_argument("--install", action="store_true", help="get the packages of those that are not here")
-    verify.add_argument(
-        "--peers", metavar="DIR", type=Path, default=Path(".cache/verifiers"),
-        help="where their packages lie; default .cache/verifiers",
-    )  # fmt: skip
+    verify.add_argument("--peers", metavar="DIR", type=Path, help="where their packages lie; default .cache/verifiers")
     verify.add_argument("--plot", metavar="FILE", type=Path, help="the comparison as a picture (.png, .svg, .pdf)")
 
 
@@ -171,7 +168,7 @@ def _add_plan(commands: Any) -> None:
         "       or1 plan --paper",
     )
     plan.add_argument("--gpus", metavar="N,N", default="", help="numbers of GPUs; default: the recipe's actor ranks")
-    plan.add_argument("--hardware", default="h800", help="h800 (default) or h100")
+    plan.add_argument("--hardware", default="", help="h800 (default) or h100")
     plan.add_argument("--calibrate", metavar="RUN", type=Path, help="the machine that this run folder shows instead")
     plan.add_argument("--lengths", metavar="RUN | MEDIAN,SIGMA[,SHARE]", help="of responses, measured or log-normal")
     plan.add_argument("--kept", metavar="SHARE", type=float, help="share of the groups that are informative")

@@ -34,16 +34,22 @@ def _plan(options: argparse.Namespace) -> int:
     from or1_megatron.runfolder import RunFolder
 
     if options.paper:
+        others = (options.words, options.gpus, options.hardware, options.calibrate, options.lengths)
+        if any(others) or options.kept is not None:
+            raise UserError("--paper takes no recipe and no other option; drop them, or --paper")
         print("\n".join(plan.plan_paper()))
         return 0
     config = load(*_recipe_and_overrides(options.words, "plan"))
+    if options.calibrate and (options.gpus or options.hardware):
+        unused = f"--gpus {options.gpus}" if options.gpus else f"--hardware {options.hardware}"
+        raise UserError(f"{unused}: --calibrate plans for the machine of its run; drop one of the two")
     run = RunFolder.open(options.calibrate) if options.calibrate else None
     assumptions = plan.assumptions(options.lengths, options.kept, run)
     if run:
         lines = plan.plan_calibrated(config, run, assumptions)
     else:
         gpus = plan.parse_gpus(options.gpus) if options.gpus else [config.parallel.num_ranks]
-        lines = plan.plan_gpus(config, gpus, options.hardware, assumptions)
+        lines = plan.plan_gpus(config, gpus, options.hardware or "h800", assumptions)
     print("\n".join(lines))
     return 0
 
@@ -91,9 +97,10 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
+    from or1_megatron.peers import compare
     from or1_megatron.reward.isolation import LEVELS
     from or1_megatron.sections import RewardConfig
-    from or1_megatron.verify import compare, verify
+    from or1_megatron.verify import verify
 
     if options.workers < 1:
         raise UserError(f"--workers {options.workers}: use 1 or more")
@@ -101,11 +108,12 @@ def _verify(options: argparse.Namespace) -> int:
         raise UserError(f"--require-isolation {options.require_isolation}: use one of {', '.join(LEVELS)}")
     if options.compare and options.out:
         raise UserError(f"--out {options.out}: --compare writes no verdicts; drop one of the two")
-    if not options.compare and (options.install or options.plot):
-        raise UserError(f"{'--install' if options.install else '--plot'} is for --compare; add that or drop this")
+    for name in ("install", "plot", "peers"):
+        if getattr(options, name) and not options.compare:
+            raise UserError(f"--{name} is for --compare; add that or drop this")
     config = RewardConfig(num_workers=options.workers, require_isolation=options.require_isolation)
     if options.compare:
-        compare(options.file, config, options.peers, options.install, options.plot)
+        compare(options.file, config, options.peers or Path(".cache/verifiers"), options.install, options.plot)
     else:
         verify(options.file, config, options.out)
     return 0

@@ -29,8 +29,8 @@ def verify(a: Path, b: Path, *, prompt: str = PROMPT, logits: bool = True) -> No
     A Megatron directory runs through Megatron, a Hugging Face one through transformers, one after the other: 4 bytes
     a parameter. Prints one line per comparison; raises RunFailure when any differs, UserError when one is unreadable.
     """
-    architecture = read_architecture(a)
-    differing = _differing_fields(architecture, read_architecture(b))
+    architecture = read_architecture(a, "")
+    differing = _differing_fields(architecture, read_architecture(b, ""))
     if differing:
         raise RunFailure(f"{a} and {b} are different architectures: {', '.join(differing)}")
     failures = _compare_bits(a, b, architecture)

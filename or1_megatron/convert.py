@@ -24,7 +24,7 @@ import torch
 
 from or1_megatron.architecture import Architecture, read_architecture
 from or1_megatron.display import heartbeat
-from or1_megatron.errors import DISK_FULL, UserError
+from or1_megatron.errors import DISK_FULL, UserError, no_folder
 from or1_megatron.parallel.file_sums import sync, take_lock
 from or1_megatron.parallel.hf_files import HFWeights, write_hf
 from or1_megatron.parallel.layout import hf_shapes
@@ -44,7 +44,7 @@ def hf_to_megatron(hf: Path, out: Path) -> None:
     Raises UserError, leaving nothing behind: `hf` is not a complete checkpoint of a known architecture, its tokenizer
     has more tokens than the embedding has rows, `out` exists, the disk is full.
     """
-    architecture = read_architecture(hf)
+    architecture = read_architecture(hf, "--hf ")
     with HFWeights(hf, architecture) as weights:
         _check_tokenizer(hf, architecture)
         size = _num_bytes(architecture, weights.dtypes)
@@ -54,17 +54,28 @@ def hf_to_megatron(hf: Path, out: Path) -> None:
 
 
 def megatron_to_hf(
-    megatron: Path, hf_config: Path, out: Path, *, dtype: str | None = None, max_shard_size: str = "5GB"
+    megatron: Path,
+    hf_config: Path,
+    out: Path,
+    *,
+    dtype: str | None = None,
+    max_shard_size: str = "5GB",
+    option: str = "--hf-config ",
 ) -> None:
     """Writes a new HF directory with the weights of a dist_checkpointing directory and the other files of `hf_config`.
 
     megatron: converted, or the `actor` folder of a run's checkpoint, saved at any degrees. dtype: one of DTYPES; None
-    keeps each tensor's. Raises UserError as `hf_to_megatron` does, and for a malformed dtype or max_shard_size.
+    keeps each tensor's. option: as what the user gave `hf_config`. Raises UserError as `hf_to_megatron` does, and for a
+    malformed dtype or max_shard_size.
     """
     limit = parse_size(max_shard_size)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    architecture = read_architecture(hf_config)
+    if not megatron.is_dir():
+        raise UserError(f"--megatron {megatron} {no_folder(megatron)}; give a Megatron checkpoint directory")
+    if hf_config == megatron and not (megatron / "config.json").is_file():
+        raise UserError(f"--megatron {megatron} holds no config.json; give the model's directory with --hf-config DIR")
+    architecture = read_architecture(hf_config, option)
     with MegatronWeights(megatron, architecture) as weights:
         _check_tokenizer(hf_config, architecture)
         dtypes = {name: DTYPES[dtype] if dtype else kept for name, kept in weights.dtypes.items()}
@@ -104,16 +115,17 @@ def export(run: Path, step: int | None, out: Path | None, *, dtype: str | None =
     else:
         raise UserError(f"{folder.checkpoints} holds no sound checkpoint{'' if step is None else f' of step {step}'}")
     target = out or folder.path / "hf" / found[chosen].name
-    megatron_to_hf(found[chosen] / "actor", Path(folder.config.model.path), target, dtype=dtype)
+    model = Path(folder.config.model.path)
+    megatron_to_hf(found[chosen] / "actor", model, target, dtype=dtype, option=f"{run}: model.path=")
     return target
 
 
 def parse_size(text: str) -> int:
-    """'5GB', '500MB', '200KB' or a plain number of bytes, decimal as Hugging Face reads it -> bytes."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB|)", text.strip().upper())
-    size = int(float(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]) if match else 0
+    """'5GB', '500MB' or '200KB', decimal as Hugging Face reads it -> bytes. Raises UserError, also without a unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip().upper())
+    size = int(float(match[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2]]) if match else 0
     if size < 1:
-        raise UserError(f"--max-shard-size {text!r} is not a size; write e.g. 5GB or 500MB")
+        raise UserError(f"--max-shard-size {text!r} is not a size with its unit; write e.g. 5GB or 500MB")
     return size
 
 

@@ -7,6 +7,7 @@ has been written. `RunFailure`: a part of a running system died or disagreed; ex
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 from typing import Any
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk itself, a quota, a file's largest size
@@ -16,6 +17,11 @@ def either(numbers: list[int]) -> str:
     """Choices as words: '1, 2 or 4'."""
     words = [str(number) for number in numbers]
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def no_folder(path: Path) -> str:
+    """Why `path` is no folder, in words."""
+    return "is a file" if path.exists() else "does not exist"
 
 
 class UserError(ValueError):

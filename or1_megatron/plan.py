@@ -204,7 +204,8 @@ def _architecture(config: Config) -> tuple[Architecture, str]:
         return read_architecture(path), str(path)
     if path.name in paper.MODELS:
         return paper.MODELS[path.name], f"{path.name}, whose sizes are known here"
-    raise UserError(f"model.path={path} is not here, and {path.name} is none of {', '.join(paper.MODELS)}; fetch it")
+    lack = "holds no config.json" if path.is_dir() else "is a file" if path.exists() else "is not here"
+    raise UserError(f"model.path={path} {lack}, and {path.name} is none of {', '.join(paper.MODELS)}; fetch it")
 
 
 def _stages(config: Config, assumptions: Assumptions) -> list[tuple[Work, int]]:

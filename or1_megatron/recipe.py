@@ -52,7 +52,8 @@ def layers(path: Path, inheriting: tuple[Path, ...]) -> list[tuple[str, dict]]:
         run = f"; of a run: or1 train --resume {path}" if (path / "config.yaml").is_file() else ""
         raise UserError(f"recipe {path} is a folder; give a YAML file{run}")
     if not path.is_file():
-        raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/")
+        raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/, "
+                        "for or1 prepare launch/recipes/data/")  # fmt: skip
     try:
         tree = yaml.load(path.read_text(), _Loader) or {}
     except (yaml.YAMLError, ValueError) as error:  # no UTF-8, a date that there is not
@@ -119,18 +120,29 @@ def _value(text: str) -> Any:
     return found if null or isinstance(found, kind or bool | int | float) else text
 
 
-def _leaves(tree: dict, prefix: str = "") -> list[str]:
-    names: list[str] = []
+def _leaves(tree: dict, prefix: str = "") -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
     for name, value in tree.items():
         dotted = f"{prefix}{name}"
-        names += _leaves(value, dotted + ".") if isinstance(value, dict) and value else [dotted]
-    return names
+        found += _leaves(value, dotted + ".") if isinstance(value, dict) and value else [(dotted, value)]
+    return found
+
+
+def check_list(origin: str, name: str, value: Any) -> None:
+    """Raises UserError for what is no list; ${...} may become one, and ??? leaves what was before."""
+    if isinstance(value, list) or (isinstance(value, str) and ("${" in value or value == "???")):
+        return
+    said = "" if value in (None, {}) else value
+    raise UserError(f"{origin}: {name}={said} must be a list; write {name}=[{said}]")
 
 
 def _check_names(origin: str, tree: dict) -> None:
-    known = [item.name for item in all_keys()]
-    for name in _leaves(tree):
-        if name in known:
+    types = {item.name: item.type for item in all_keys()}
+    known = list(types)
+    for name, value in _leaves(tree):
+        if name in types:
+            if types[name].startswith("list["):
+                check_list(origin, name, value)
             continue
         section = [item for item in known if item.startswith(name + ".")]
         if section:

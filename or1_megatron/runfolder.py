@@ -38,7 +38,7 @@ from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from or1_megatron.config import Config
-from or1_megatron.errors import UserError
+from or1_megatron.errors import UserError, no_folder
 from or1_megatron.parallel.file_sums import published, take_lock
 from or1_megatron.recipe import load, to_yaml
 from or1_megatron.responses import write_responses
@@ -122,7 +122,7 @@ class RunFolder:
         """The folder of an earlier run. Raises UserError when it is none."""
         path = Path(path)
         if not path.is_dir():
-            raise UserError(f"run folder {path} does not exist; give the directory that `or1 train` printed")
+            raise UserError(f"run folder {path} {no_folder(path)}; give the directory that `or1 train` printed")
         if not (path / "config.yaml").is_file():
             raise UserError(
                 f"{path} is not a run folder: it holds no config.yaml; give the directory `or1 train` printed"

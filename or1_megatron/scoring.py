@@ -79,7 +79,7 @@ def configuration(target: Path, overrides: list[str]) -> Iterator[Config]:
             model = export(target, None, Path(scratch) / "model")
             yield dataclasses.replace(config, model=dataclasses.replace(config.model, path=str(model)))
     elif target.is_dir():
-        context = min(read_architecture(target).max_positions, LONGEST_CONTEXT)
+        context = min(read_architecture(target, "").max_positions, LONGEST_CONTEXT)
         tree = {"name": target.resolve().name, "model": {"path": str(target)}, "rollout": {"context_length": context}}
         yield from_tree([(str(target), tree), *map(override_tree, overrides)])
     elif target.suffix in (".yaml", ".yml"):

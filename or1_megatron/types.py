@@ -51,6 +51,7 @@ class Prompt:
     tokens: tuple[int, ...]
     ground_truth: tuple[str, ...]  # one or more acceptable gold answers
     data_source: str = ""
+    place: str = ""  # file and line that it was read from, for messages
 
 
 @dataclass(eq=False)

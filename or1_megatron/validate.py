@@ -16,6 +16,8 @@ def divisors(number: int) -> str:
 def validate(config: Config) -> None:
     """Every rule that needs no file. Raises UserError naming the key, the value and the fix."""
     _validate_finite(config)
+    if not config.model.path:
+        raise UserError("model.path is empty; give a model directory")
     if config.stages:
         _validate_stages(config)
         return

@@ -86,6 +86,8 @@ def recipes_and_overrides(options: argparse.Namespace) -> tuple:
     if options.chain and options.array:
         raise Refused("--array and --chain exclude each other: the recipes' stages end at steps of their own")
     for recipe in recipes:
+        if Path(recipe).is_dir():
+            raise Refused(f"recipe {recipe} is a folder; give a YAML file, see launch/recipes/")
         if not Path(recipe).is_file():
             raise Refused(f"recipe {recipe} does not exist; recipes are YAML files, see launch/recipes/")
     return recipes, overrides

@@ -23,7 +23,7 @@ RINGS = (
         *("train", "run", "inputs", "evaluate", "collect", "update", "runstate", "display", "runfolder", "runfiles"),
         *("timeline", "doctor", "dryrun", "status", "plan", "accuracy", "responses", "report"),
     ),
-    ("convert", "compare", "verify", "scoring", "prepare"),
+    ("convert", "compare", "verify", "peers", "scoring", "prepare"),
     ("cli", "arguments", "commands", "__main__"),
 )
 STRANGERS = frozenset(RINGS[2])  # meet only in outer rings: an actor that knows its engine cannot be placed elsewhere

@@ -47,14 +47,16 @@ class Difficulty:
 
 
 def load_tokenizer(model: str, architecture: Architecture) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer. Raises UserError when it is missing or has more tokens than the embedding rows."""
+    """The checkpoint's tokenizer. Raises UserError when transformers cannot read it, or config.json, or it has more
+    tokens than the embedding has rows."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{model}: no usable tokenizer ({reason}); copy the tokenizer files") from None
+        raise UserError(f"{model}: no usable tokenizer ({reason}); mend config.json if a key of it is named, else copy "
+                        "the tokenizer files") from None  # fmt: skip
     if len(tokenizer) > architecture.vocab_size:
         raise UserError(
             f"{model}: the tokenizer has {len(tokenizer)} tokens but config.json says vocab_size="
@@ -133,7 +135,7 @@ def _prompt(
             f"{place}: the prompt has {len(tokens)} tokens, which leaves no room for a response in "
             f"rollout.context_length={context_length}; raise it or drop the problem"
         )
-    return Prompt(uid, text, tuple(tokens), gold, str(row.get("data_source", "")))
+    return Prompt(uid, text, tuple(tokens), gold, str(row.get("data_source", "")), place)
 
 
 def _text(place: str, prompt: Any, tokenizer: PreTrainedTokenizerBase, instruction_suffix: str) -> str:

@@ -19,12 +19,32 @@ _MOST_FILES = 3  # of a source that are named
 _MOST_SAMPLED = 12  # sources of which rows are shown
 _MOST_TEXT = 900  # characters of a shown problem
 _MOST_ANSWER = 300
+_PICTURES: tuple[str, ...] = ("steps", "lengths", "difficulty", "overlaps")
 
 
-def write_card(path: Path, title: str, steps: Sequence[StepCounts], table: Table, samples: int = 2) -> list[Path]:
+def other_files(path: Path, key: str) -> list[Path]:
+    """Which files are there that a card at `path` would replace; none when the card there is that of `key`."""
+    there = [file for file in (path, *(_picture(path, name) for name in _PICTURES)) if file.exists()]
+    if path.is_file() and path.read_text(errors="replace").endswith(_mark(key)):
+        return []
+    return there
+
+
+def _picture(path: Path, name: str) -> Path:
+    return path.with_name(f"{path.stem}-{name}.png")
+
+
+def _mark(key: str) -> str:
+    return f"<!-- or1 prepare {key} -->\n"
+
+
+def write_card(
+    path: Path, title: str, steps: Sequence[StepCounts], table: Table, key: str = "", samples: int = 2
+) -> list[Path]:
     """Writes the page and, beside it, its pictures; returns all files, the page first.
 
-    steps: in the order in which they ran. table: the rows that were written. samples: rows shown of each source.
+    steps: in the order in which they ran. table: the rows that were written. key: of these rows, by which the card
+    is known again. samples: rows shown of each source.
     Raises UserError: a name that does not end with .md, a table without rows.
     """
     if path.suffix != ".md":
@@ -32,17 +52,15 @@ def write_card(path: Path, title: str, steps: Sequence[StepCounts], table: Table
     if not table.num_rows:
         raise UserError(f"the card {path} would be about no rows; the steps before dropped them all")
     summary, overlapping = summarise(table, samples), overlaps(steps)
-    pictures = {
-        "steps": card_plots.steps_plot(steps) if steps else None,
-        "lengths": card_plots.lengths_plot(summary),
-        "difficulty": card_plots.difficulty_plot(summary),
-        "overlaps": card_plots.overlaps_plot(overlapping) if overlapping else None,
-    }
+    plots = (
+        card_plots.steps_plot(steps) if steps else None,
+        card_plots.lengths_plot(summary),
+        card_plots.difficulty_plot(summary),
+        card_plots.overlaps_plot(overlapping) if overlapping else None,
+    )
+    pictures = dict(zip(_PICTURES, plots, strict=True))
     path.parent.mkdir(parents=True, exist_ok=True)
-    files = {name: path.with_name(f"{path.stem}-{name}.png") for name, picture in pictures.items() if picture}
-    for name, file in files.items():
-        with published(file) as temporary:
-            temporary.write_bytes(pictures[name] or b"")
+    files = {name: _picture(path, name) for name, picture in pictures.items() if picture}
     images = {name: f"\n\n![{name}]({file.name})" for name, file in files.items()}
     sections = [
         f"# {title}",
@@ -59,9 +77,13 @@ def write_card(path: Path, title: str, steps: Sequence[StepCounts], table: Table
         _overlaps(overlapping, steps) + images.get("overlaps", ""),
         "## Samples",
         *_samples(summary),
+        _mark(key),
     ]
-    with published(path) as temporary:
-        temporary.write_text("\n\n".join(sections) + "\n")
+    with published(path) as temporary:  # before the pictures: it is what they are known by
+        temporary.write_text("\n\n".join(sections))
+    for name, file in files.items():
+        with published(file) as temporary:
+            temporary.write_bytes(pictures[name] or b"")
     return [path, *files.values()]
 
 

@@ -63,7 +63,7 @@ def wanted(source: str, verdict: str, reason: str, difficulty: str, model: str) 
 
 
 def items(path: Path, filters: Wanted) -> Iterator[Item]:
-    """In the file's order. Raises UserError: not such a file, a broken row, no row that is wanted."""
+    """In the file's order. Raises UserError: not such a file, a broken row, no row, none that is wanted."""
     shares = _shares_of_responses(path) if filters.low is not None else {}
     found, met = 0, Meeting()
     for where, row in read_rows(path):
@@ -74,6 +74,8 @@ def items(path: Path, filters: Wanted) -> Iterator[Item]:
         if _is_wanted(item, filters):
             found += 1
             yield item
+    if not met.rows:
+        raise UserError(f"{path} holds no row")
     if not found:
         raise UserError(f"{path}: none of its {met.rows:,} rows is wanted; {met.there_are()}")
 

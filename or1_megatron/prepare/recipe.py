@@ -27,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from or1_megatron.errors import UserError
 from or1_megatron.prepare.catalog import CATALOG
 from or1_megatron.prepare.step import SourceStep, Step, TableStep, option
-from or1_megatron.recipe import layers, override_tree
+from or1_megatron.recipe import check_list, layers, override_tree
 
 T = TypeVar("T")
 
@@ -154,9 +154,12 @@ def typed(kind: type[T], tree: dict[str, Any], place: str) -> T:
     A field `from_` is the option `from`; lists become tuples.
     """
     names = _names(kind)
-    for name in tree:
+    lists = {field.name: str(field.type).startswith("tuple[") for field in fields(kind)}  # type: ignore[arg-type]
+    for name, value in tree.items():
         if name not in names:
             raise UserError(f"{place}: unknown option {name}; {_near(name, names)}")
+        if lists[names[name]]:
+            check_list(place, name, value)
     try:
         merged = OmegaConf.merge(OmegaConf.structured(kind), {names[name]: value for name, value in tree.items()})
         missing = sorted(map(str, OmegaConf.missing_keys(merged)))

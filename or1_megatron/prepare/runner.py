@@ -22,12 +22,12 @@ from typing import Any
 
 from or1_megatron.errors import DISK_FULL, UserError
 from or1_megatron.parallel.file_sums import sync, take_lock
-from or1_megatron.prepare.card import write_card
+from or1_megatron.prepare.card import other_files, write_card
 from or1_megatron.prepare.execute import DROPS, ROWS, Execution, Outcome
 from or1_megatron.prepare.graph import order, step_key
 from or1_megatron.prepare.progress import Bars, counts_table, line
-from or1_megatron.prepare.recipe import Node, Recipe
-from or1_megatron.prepare.step import SourceStep, TableStep
+from or1_megatron.prepare.recipe import Node, Recipe, Write
+from or1_megatron.prepare.step import Finished, SourceStep, TableStep
 from or1_megatron.prepare.summary import StepCounts
 from or1_megatron.prepare.tables import FORMAT, StoredTable
 from or1_megatron.prepare.training_file import write_training_file, written_key
@@ -49,7 +49,8 @@ class Report:
 
 
 def prepare(recipe: Recipe) -> list[Report]:
-    """Runs what is not in the cache, writes the file, prints counts. Raises UserError, RunFailure."""
+    """Runs what is not in the cache, writes the file, prints counts; ends early, with what has been done, where a step
+    was asked for no rows. Raises UserError, RunFailure."""
     settings, write = recipe.settings, recipe.write
     steps = order(recipe.nodes, write.from_)
     files = {node.name: _files(node) for node in steps}
@@ -58,13 +59,7 @@ def prepare(recipe: Recipe) -> list[Report]:
         with _placed(node):
             keys[node.name] = step_key(node, settings.seed, keys, files[node.name])
     path, key = Path(write.path), _output_key(keys[write.from_], write.instruction_suffix)
-    there = written_key(path)
-    if there is not None and there != key and not write.overwrite:
-        raise UserError(
-            f"{path} exists with other content; name another file with write.path, or replace it with --overwrite"
-        )
-    if there != key:
-        _check_writable(path)
+    is_there = _check_outputs(write, key)
     cache = Path(settings.cache)
     with _errors_told(f"the cache {cache}", cache):
         _open_cache(cache)
@@ -79,12 +74,16 @@ def prepare(recipe: Recipe) -> list[Report]:
         for name in recipe.nodes.keys() - files.keys():
             bars.message(f"step {name} is not run: {path} does not need it")
         for node in steps:
-            reports.append(_step(node, folders[node.name], recipe, tables, files[node.name], bars))
+            try:
+                reports.append(_step(node, folders[node.name], recipe, tables, files[node.name], bars))
+            except Finished as end:
+                bars.message(str(end))
+                return reports
             tables[node.name] = StoredTable(folders[node.name] / ROWS)
             bars.message(line(reports[-1]))
     print(counts_table(reports))
     table = tables[write.from_]
-    if there == key:
+    if is_there:
         print(f"{path} holds these {table.num_rows:,} problems already")
     else:
         with _errors_told(f"{path}", path):
@@ -95,7 +94,7 @@ def prepare(recipe: Recipe) -> list[Report]:
         print(f"{path}: {table.num_rows:,} problems")
     if write.card:
         with _errors_told(f"the card of {path}", path):
-            card, *_ = write_card(path.with_suffix(".md"), settings.name, [_counts(r) for r in reports], table)
+            card, *_ = write_card(path.with_suffix(".md"), settings.name, [_counts(r) for r in reports], table, key)
         print(card)
     return reports
 
@@ -104,6 +103,21 @@ def _counts(report: Report) -> StepCounts:
     done = report.outcome
     dropped = StoredTable(report.folder / DROPS)
     return StepCounts(report.name, report.kind, done.rows_in, done.rows_out, done.drops, dropped)
+
+
+def _check_outputs(write: Write, key: str) -> bool:
+    """Whether the file holds these rows already. Raises UserError for what is not ours to replace, before the steps."""
+    path, there = Path(write.path), written_key(Path(write.path))
+    others = [] if there in (None, key) else [path]
+    if write.card:
+        others += other_files(path.with_suffix(".md"), key)
+    if others and not write.overwrite:
+        raise UserError(
+            f"{others[0]} exists with other content; name another file with write.path, or replace it with --overwrite"
+        )
+    if there != key:
+        _check_writable(path)
+    return there == key
 
 
 def _check_writable(path: Path) -> None:
@@ -121,7 +135,8 @@ def _files(node: Node) -> list[Path]:
         paths = node.step.files(node.options)
     for path in paths:
         if not path.is_file():
-            raise UserError(f"steps.{node.name}: {path} does not exist")
+            lack = "is a folder; give a file" if path.is_dir() else "does not exist"
+            raise UserError(f"steps.{node.name}: {path} {lack}")
     return paths
 
 

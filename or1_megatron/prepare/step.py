@@ -13,6 +13,7 @@ Neither may depend on the number of workers or on the order in which they finish
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
@@ -59,6 +60,10 @@ class Unusable(ValueError):
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(detail or reason)
         self.drop = Drop(reason, detail)
+
+
+class Finished(Exception):
+    """A TableStep was asked for no rows, only for what it has told by now: the preparation ends here, and well."""
 
 
 def information(row: Row) -> dict[str, Any]:
@@ -116,6 +121,13 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises UserError; for an option's `__post_init__`, so that a recipe is refused before it runs."""
     if value not in choices:
         raise UserError(f"{name}={value!r} is not known; give {' or '.join(choices)}")
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Raises UserError; for an options' `__post_init__`."""
+    for name in names:
+        if not 0 < getattr(options, name) < math.inf:
+            raise UserError(f"{name}={getattr(options, name)} must be above 0")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Other people's math verifiers by name, to compare with: `python -m or1_megatron.reward.named NAME FOLDER` answers
-one JSON line {"response", "ground_truth"} with one {"correct"}; or1_megatron/verify.py keeps the deadline.
+one JSON line {"response", "ground_truth"} with one {"correct"}; or1_megatron/peers.py keeps the deadline.
 
 Each is the function of a published package, which lies in a folder of its own, without its dependencies: the packages
 ask for versions that exclude one another. Some evaluate answers as Python, so the process first gives up what tested

@@ -20,7 +20,7 @@ def check_rewards(config: RewardConfig, prompts: list[Prompt]) -> str:
         try:
             num_code += code_tests(prompt.ground_truth, prompt.data_source) is not None
         except UserError as error:
-            raise UserError(f"problem {prompt.uid}: {error}") from None
+            raise UserError(f"{prompt.place}: {error}") from None
     return f"{num_code} code problems; {reached_isolation(config)}" if num_code else ""
 
 

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from or1_megatron import convert
+from or1_megatron import cli, convert
 from or1_megatron.architecture import parse_architecture
 from or1_megatron.convert import hf_to_megatron, megatron_to_hf, parse_size
 from or1_megatron.errors import RunFailure, UserError
@@ -101,7 +101,7 @@ def test_any_checkpoint_comes_back_bit_for_bit(case: tuple, seed: int, tmp_path_
     (root / "hf" / "config.json").write_text(json.dumps(config))
     save_file(tensors, root / "hf" / "model.safetensors")
     hf_to_megatron(root / "hf", root / "megatron")
-    megatron_to_hf(root / "megatron", root / "megatron", root / "back", max_shard_size=str(shard_bytes))
+    megatron_to_hf(root / "megatron", root / "megatron", root / "back", max_shard_size=f"{shard_bytes / 1000}KB")
     assert_same_bits(tensors, tensors_of(root / "back"))
     assert (root / "back" / "config.json").read_bytes() == (root / "hf" / "config.json").read_bytes()
     files = len(list((root / "back").glob("*.safetensors")))
@@ -240,14 +240,38 @@ def test_bad_megatron_directories_are_named(tiny: Path, tmp_path: Path) -> None:
     assert left_in(tmp_path) == ["deeper", "megatron", "torn"]
 
 
-@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0"])
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["to-hf", "--megatron", "none"], "--megatron none does not exist; give a Megatron checkpoint directory"),
+        (
+            ["to-hf", "--megatron", "bare"],
+            "--megatron bare holds no config.json; give the model's directory with --hf-",
+        ),
+        (["to-hf", "--megatron", "bare", "--hf-config", "none"], "--hf-config none does not exist; give a model"),
+        (["to-megatron", "--hf", "none"], "--hf none does not exist; give a model directory"),
+        (["to-megatron", "--hf", "file"], "--hf file is a file; give a model directory"),
+        (["verify", "bare", "none"], "bare holds no config.json; give a model directory that has one"),
+    ],
+)
+def test_messages_name_what_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "file").touch()
+    assert cli.main(["convert", *words, *([] if words[0] == "verify" else ["--out", "out"])]) == 2
+    assert capsys.readouterr().err.startswith(f"or1: error: {said}")
+
+
+@pytest.mark.parametrize("text", ["", "5 apples", "-1GB", "0", "0GB", "5", "5B"])
 def test_bad_sizes(text: str) -> None:
     with pytest.raises(UserError, match="--max-shard-size"):
         parse_size(text)
 
 
 def test_sizes() -> None:
-    assert [parse_size(text) for text in ("5GB", "1.5mb", "700")] == [5 * 10**9, 1_500_000, 700]
+    assert [parse_size(text) for text in ("5GB", "1.5mb", "0.7 KB")] == [5 * 10**9, 1_500_000, 700]
 
 
 @pytest.fixture

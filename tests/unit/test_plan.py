@@ -42,6 +42,22 @@ def test_the_32b_recipe_on_four_clusters(capsys: pytest.CaptureFixture[str]):
     assert any("no refills" in line for line in lines) and lines[-1].startswith("assumed:")
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--paper", "--gpus", "3"], "--paper takes no recipe and no other option"),
+        (["--paper", str(RECIPES / "or1_32b.yaml")], "--paper takes no recipe and no other option"),
+        (["--paper", "--hardware", "h100"], "--paper takes no recipe and no other option"),
+        (["--paper", "--kept", "0"], "--paper takes no recipe and no other option"),
+        ([str(RECIPES / "or1_32b.yaml"), "--calibrate", "none", "--gpus", "64"], "--gpus 64: --calibrate plans for"),
+        ([str(RECIPES / "or1_32b.yaml"), "--calibrate", "none", "--hardware", "h100"], "--hardware h100: --calibrate"),
+    ],
+)
+def test_options_that_would_not_be_used(capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
+    assert cli.main(["plan", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
 def process(pid: int, name: str) -> dict[str, Any]:
     return {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": name}}
 
@@ -189,6 +205,7 @@ def test_the_kept_share_follows_the_group_size():
         (["--gpus", "8", "--kept", "0"], "--kept 0"),
         (["--gpus", "8"], "does not fit"),
         (["--gpus", "8", "model.path=models/mine"], "models/mine is not here"),
+        (["--gpus", "8", f"model.path={RECIPES}"], "recipes holds no config.json, and recipes is none of"),
     ],
 )
 def test_bad_input_is_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]):

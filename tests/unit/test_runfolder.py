@@ -105,6 +105,9 @@ def test_to_open_a_folder_writes_nothing(tmp_path: Path):
 def test_open_wants_a_run_folder(tmp_path: Path):
     with pytest.raises(UserError, match="does not exist"):
         RunFolder.open(tmp_path / "none")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="run folder .*file is a file; give the directory"):
+        RunFolder.open(tmp_path / "file")
     with pytest.raises(UserError, match="holds no config.yaml"):
         RunFolder.open(tmp_path)
 

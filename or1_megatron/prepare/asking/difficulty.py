@@ -33,6 +33,7 @@ from or1_megatron.prepare.step import (
     Step,
     Table,
     TableStep,
+    check_positive,
     information,
     option,
     with_information,
@@ -64,9 +65,7 @@ class DifficultyOptions:
     settings: tuple[str, ...] = option((), "key=value of a run's configuration, e.g. rollout.num_engines=8")
 
     def __post_init__(self) -> None:
-        for name in ("math_samples", "code_samples", "temperature", "wave"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        check_positive(self, "math_samples", "code_samples", "temperature", "wave")
 
 
 def estimate(table: Table, options: DifficultyOptions, context: Context) -> Iterator[Row | tuple[str, Drop]]:

@@ -50,6 +50,16 @@ def key_from(variable: str) -> str:
     return key
 
 
+def check_address(url: str) -> None:
+    """Raises UserError."""
+    try:
+        sound = httpx.URL(url).host and url.startswith(("http://", "https://"))
+    except httpx.InvalidURL:
+        sound = False
+    if not sound:
+        raise UserError(f"endpoint {url!r} is no http:// or https:// address, e.g. http://127.0.0.1:8000/v1")
+
+
 class Endpoint:
     """Context manager over one model at one server. `replies` may be called from `connections` threads."""
 
@@ -65,12 +75,7 @@ class Endpoint:
         stop: threading.Event | None = None,
     ):
         """patience_s: how long a request is tried. stop: set by whoever gives up; waiting threads raise Stopped."""
-        try:
-            sound = httpx.URL(url).host and url.startswith(("http://", "https://"))
-        except httpx.InvalidURL:
-            sound = False
-        if not sound:
-            raise UserError(f"endpoint {url!r} is no http:// or https:// address, e.g. http://127.0.0.1:8000/v1")
+        check_address(url)
         self.model, self._key, self._patience_s = model, key, patience_s
         self._address = url.rstrip("/") + "/chat/completions"
         self._stop = stop or threading.Event()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from or1_megatron.errors import UserError
-from or1_megatron.prepare.step import REQUIRED, Row, option
+from or1_megatron.prepare.step import REQUIRED, Row, check_positive, option
 from or1_megatron.reward.response import after_reasoning
 
 _ASKED = """\
@@ -95,9 +95,7 @@ class VotesOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError for what no vote could come of."""
-        for name in ("votes", "max_tokens", "per_request", "concurrency", "timeout_s", "patience_s", "wave"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        check_positive(self, "votes", "max_tokens", "per_request", "concurrency", "timeout_s", "patience_s", "wave")
         if not self.models or len(set(self.models)) < len(self.models):
             raise UserError(f"models={list(self.models)} must be different judges, at least one")
         for name in _OF_EACH_JUDGE:

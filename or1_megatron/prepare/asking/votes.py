@@ -16,19 +16,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from or1_megatron.errors import UserError
-from or1_megatron.prepare.asking.endpoint import key_from
+from or1_megatron.prepare.asking.endpoint import check_address, key_from
 from or1_megatron.prepare.asking.judge import Judge, VotesOptions, judges_of, question
 from or1_megatron.prepare.asking.polling import Tally, ask_endpoints, ask_engines
 from or1_megatron.prepare.ledger import Ledger
 from or1_megatron.prepare.step import (
     Context,
     Drop,
+    Finished,
     JudgeRow,
     Row,
     RowStep,
     Step,
     Table,
     TableStep,
+    check_positive,
     information,
     option,
     with_information,
@@ -41,8 +43,8 @@ _CHARACTERS_PER_TOKEN = 4
 def collect_votes(table: Table, options: VotesOptions, context: Context) -> Iterator[Row]:
     """Every row, judged ones with their votes.
 
-    Raises UserError: options, an endpoint that cannot be used or is silent for too long. Votes that had come by then
-    are not asked for again.
+    Raises Finished after an estimate that is all that is wanted; UserError: options, an endpoint that cannot be used or
+    is silent for too long. Votes that had come by then are not asked for again.
     """
     judges = judges_of(options)
     keys = _keys(judges)
@@ -51,7 +53,7 @@ def collect_votes(table: Table, options: VotesOptions, context: Context) -> Iter
         for line in estimate_lines(table, judges, options, tally):
             context.message(line)
         if options.estimate_only:
-            raise UserError("quality_votes: stopped after the estimate; set estimate_only=false to vote")
+            raise Finished("quality_votes: no vote was asked for and nothing is written; estimate_only=false votes")
         ask_endpoints(table, keys, options, context, tally)
         for judge in judges:
             if not judge.endpoint:
@@ -127,8 +129,10 @@ def estimate_lines(table: Table, judges: list[Judge], options: VotesOptions, tal
 
 
 def ready(options: VotesOptions) -> None:
-    """Raises UserError for a judge that is nowhere, or a key that is not in the environment."""
-    _keys(judges_of(options))
+    """Raises UserError for a judge that is nowhere, an endpoint that is no address, a key that is not in the
+    environment."""
+    for judge in _keys(judges_of(options)):
+        check_address(judge.endpoint)
 
 
 def _keys(judges: list[Judge]) -> dict[Judge, str]:
@@ -148,8 +152,7 @@ class KeepOptions:
     ability: str = option("math", "problems that must have votes, others pass; empty: all")
 
     def __post_init__(self) -> None:
-        if self.keep <= 0:
-            raise UserError(f"keep={self.keep} must be above 0")
+        check_positive(self, "keep")
 
 
 def open_keep(options: KeepOptions) -> JudgeRow:

@@ -22,8 +22,11 @@ from or1_megatron.prepare.step import (
     Step,
     Table,
     TableStep,
+    check_positive,
     option,
 )
+
+_MOST_NAMED = 5  # uids that no row has
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,25 @@ class DropOptions:
     uids: tuple[str, ...] = option(REQUIRED, "of the rows that are taken out by hand")
 
 
-def _open_drop(options: DropOptions) -> JudgeRow:
-    uids = frozenset(options.uids)
-    return lambda row: Drop("by_hand") if row["uid"] in uids else row
+def _drop(table: Table, options: DropOptions, context: Context) -> Iterator[Row | tuple[str, Drop]]:
+    """A uid that no row has is told, not refused: a step before may have dropped that row."""
+    left = dict.fromkeys(options.uids)
+    uids = frozenset(left)
+    for batch in table.batches():
+        for row in batch:
+            left.pop(row["uid"], None)
+            yield (row["uid"], Drop("by_hand")) if row["uid"] in uids else row
+        context.progress(len(batch))
+    if left:
+        context.message(f"drop_rows: no row has {len(left)} of {len(uids)} uids: {', '.join([*left][:_MOST_NAMED])}")
 
 
 @dataclass(frozen=True)
 class SampleOptions:
     rows: int = option(REQUIRED, "how many are kept; all of them when there are no more")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "rows")
 
 
 def _sample(table: Table, options: SampleOptions, context: Context) -> Iterator[Row | tuple[str, Drop]]:
@@ -113,6 +127,6 @@ STEPS: tuple[Step, ...] = (
     SourceStep("rows", RowsOptions, lambda options: [Path(name) for name in options.files], _read_rows),
     RowStep("keep_length", LengthOptions, _open_length),
     RowStep("keep_sources", SourcesOptions, _open_sources),
-    RowStep("drop_rows", DropOptions, _open_drop),
+    TableStep("drop_rows", DropOptions, _drop),
     TableStep("sample", SampleOptions, _sample),
 )

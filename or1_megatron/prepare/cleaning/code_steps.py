@@ -20,6 +20,7 @@ from or1_megatron.prepare.step import (
     TableStep,
     Unusable,
     check_choice,
+    check_positive,
     information,
     option,
 )
@@ -77,6 +78,7 @@ class ReferenceSolutions:
 
     def __post_init__(self) -> None:
         check_choice("without_solution", self.without_solution, ("keep", "drop"))
+        check_positive(self, "max_solutions", "test_timeout_s", "total_timeout_s", "memory_mb")
 
 
 def _reference_solutions(table: Table, options: ReferenceSolutions, context: Context) -> Iterator[Any]:

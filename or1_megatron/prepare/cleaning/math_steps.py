@@ -22,6 +22,7 @@ from or1_megatron.prepare.step import (
     Table,
     TableStep,
     check_choice,
+    check_positive,
     information,
     option,
     with_information,
@@ -154,6 +155,7 @@ class Reextract:
 
     def __post_init__(self) -> None:
         check_choice("without_solution", self.without_solution, ("keep", "drop"))
+        check_positive(self, "timeout_s")
 
 
 def _reextract(table: Table, options: Reextract, context: Context) -> Iterator[Any]:

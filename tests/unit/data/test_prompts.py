@@ -115,11 +115,22 @@ def test_stream_deals_every_prompt_each_epoch_and_resumes() -> None:
         resumed.load_state_dict({"epoch": 0, "position": 0, "num_prompts": 8})
 
 
+def test_what_transformers_cannot_read_may_be_config_json(tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model", "llama", tied=True)
+    architecture = read_architecture(model)
+    (model / "tokenizer_config.json").unlink()  # names the tokenizer's class; without it config.json has to
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "bos_token_id": "x"}))
+    with pytest.raises(UserError, match="bos_token_id.*; mend config.json if a key of it is named, else copy "):
+        load_tokenizer(str(model), architecture)
+
+
 def test_only_problems_of_the_wanted_difficulty(tmp_path: Path, tokenizer):
     rows = [{**GOOD, "extra_info": {"model_difficulty": {"7B": n, "32B": 0}}} for n in (0, 1, 9, 15, 16)]
     file = write(tmp_path / "p.jsonl", *rows)
     found = load_prompts(file, tokenizer, context_length=64, wanted=Difficulty("7B", 1, 15))
     assert [prompt.uid for prompt in found] == ["p.jsonl:1", "p.jsonl:2", "p.jsonl:3"]  # as without the filter
+    assert [prompt.place for prompt in found] == [f"{tmp_path / 'p.jsonl'} line {line}" for line in (2, 3, 4)]
     with pytest.raises(UserError, match=r"p.jsonl has no problem of difficulty 1 to 15 for 32B"):
         load_prompts(file, tokenizer, context_length=64, wanted=Difficulty("32B", 1, 15))
     with pytest.raises(UserError, match=r"line 1: .* has no number for 1B; it has 7B, 32B"):

@@ -113,6 +113,8 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "none of its 5 rows is wanted; source: mine-even (3), mine-odd (2); with a difficulty: 5" in error
     for bad in ("0.5", "0.6:0.5", "x:1", "0:2"):
         assert f"--difficulty {bad}: use LOW:HIGH" in refused(capsys, path, "--difficulty", bad)
+    (tmp_path / "empty.jsonl").touch()
+    assert refused(capsys, tmp_path / "empty.jsonl").strip().endswith("empty.jsonl holds no row")
     assert "--limit 0: use 1 or more" in refused(capsys, path, "--limit", 0)
     assert "none.parquet does not exist" in refused(capsys, tmp_path / "none.parquet")
     (tmp_path / "other.jsonl").write_text('{"a": 1, "b": 2}\n')

@@ -65,6 +65,10 @@ MISTAKES = {
     "near option": ("most: 9", "mots: 9", "unknown option mots; did you mean most? There are least, most"),
     "wrong type": ("most: 9", "most: nine", "steps.short (keep_length): most: Value 'nine' of type 'str'"),
     "impossible value": ("most: 9", "most: -1", "steps.short (keep_length): least=1, most=-1: use 0 <= least <= most"),
+    "no list": ("do: keep_length, most: 9", "do: drop_rows, uids: x", "uids=x must be a list; write uids=[x]"),
+    "fewer than none": ("rows: 5", "rows: -1", "steps.few (sample): rows=-1 must be above 0"),
+    "no time": ("do: keep_length, most: 9", "do: reextract, timeout_s: -1", "timeout_s=-1.0 must be above 0"),
+    "no limit": ("do: keep_length, most: 9", "do: reference_solutions, memory_mb: 0", "memory_mb=0 must be above 0"),
     "missing option": (", rows: 5", "", "steps.few (sample): rows must be set"),
     "a circle": ("do: keep_length, most: 9", "do: keep_length, from: c}\n  c: {do: keep_length", "steps need each "
                  "other in a circle: short -> c -> short"),
@@ -87,6 +91,18 @@ MISTAKES = {
                     "export it, or give name=VALUE"),
     "no workers": ("cache:", "workers: -1\ncache:", "workers=-1; use 1 or more"),
 }  # fmt: skip
+
+
+def test_what_is_there_is_not_said_to_be_missing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "rows.jsonl").unlink()
+    (tmp_path / "rows.jsonl").mkdir()
+    for given, said in (
+        (recipe, "rows.jsonl is a folder; give a file"),
+        (tmp_path, " is a folder; give a YAML file"),
+        (tmp_path / "none.yaml", "for or1 prepare launch/recipes/data/"),
+    ):
+        assert cli.main(["prepare", str(given)]) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("old", "new", "message"), MISTAKES.values(), ids=MISTAKES.keys())

@@ -93,6 +93,40 @@ def test_the_bytes_do_not_depend_on_the_workers_or_the_cut(recipe: Path, tmp_pat
     assert outcome(tmp_path / "out") != outcome(tmp_path / "o4")
 
 
+def test_an_estimate_ends_well_and_writes_nothing(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    votes = "{do: quality_votes, models: [foo], endpoints: ['ENDPOINT'], estimate_only: true}"
+    text = recipe.read_text().replace("{do: slow_table}", votes)
+    recipe.write_text(text.replace("ENDPOINT", "localhost:9"))
+    assert cli.main(["prepare", str(recipe)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("or1: error: steps.threes: endpoint 'localhost:9' is no http://") and error.count("\n") == 1
+    recipe.write_text(text.replace("ENDPOINT", "http://127.0.0.1:9/v1"))
+    assert cli.main(["prepare", str(recipe), "--card"]) == 0
+    said = capsys.readouterr().err
+    assert "quality_votes: 2400 problems x 1 judges x 16 votes; 0 of 38400 votes are there" in said
+    assert "nothing is written; estimate_only=false votes" in said and not (tmp_path / "out").exists()
+
+
+def test_a_card_replaces_itself_only(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    page, picture = tmp_path / "out" / "train.md", tmp_path / "out" / "train-lengths.png"
+    page.parent.mkdir()
+    for file in (page, picture):
+        file.write_text("precious")
+        assert cli.main(["prepare", str(recipe), "--card"]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"or1: error: {file} exists with other content; ") and "--overwrite" in error
+        assert file.read_text() == "precious" and not (tmp_path / "cache").exists()
+        file.unlink()
+    for _ in range(2):
+        assert cli.main(["prepare", str(recipe), "--card"]) == 0
+    assert page.read_text().startswith("# ") and picture.stat().st_size > 1000
+    other = [str(recipe), "--card", "seed=1"]
+    assert cli.main(["prepare", *other]) == 2
+    assert cli.main(["prepare", *other, "--overwrite"]) == 0
+
+
 def test_row_groups_are_the_same_however_rows_come_in(tmp_path: Path):
     rows = [dict.fromkeys(tables.SCHEMA.names, "") | {"uid": str(i), "problem": "y" * (i % 7)} for i in range(5000)]
     whole = tables.table_of(rows)

@@ -163,8 +163,10 @@ def test_the_line_before_a_run_names_problems_and_level() -> None:
     config = RewardConfig(require_isolation="rlimits")
     assert check_rewards(config, [math]) == ""
     assert check_rewards(config, [math, code]).startswith("1 code problems; isolation of tested code: ")
-    with pytest.raises(UserError, match="problem bad: .* no test"):
-        check_rewards(config, [code, Prompt("bad", "", (), ('{"inputs": [], "outputs": []}',))])
+    with pytest.raises(UserError, match="^a.jsonl line 2: .* no test"):
+        check_rewards(
+            config, [code, Prompt("a.jsonl:1", "", (), ('{"inputs": [], "outputs": []}',), "", "a.jsonl line 2")]
+        )
 
 
 def test_a_dead_fork_server_is_reported() -> None:

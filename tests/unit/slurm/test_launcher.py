@@ -274,3 +274,12 @@ def test_a_chain_that_is_refused_half_way_leaves_no_job(tmp_path: Path, monkeypa
     with pytest.raises(submit.Refused, match="job limit"):
         submit.submit(tmp_path / "train.sbatch", [5, 9, 12])
     assert "--dependency=afterok:71" in said[1] and said[-1] == ("scancel", "71", "72")
+
+
+def test_a_recipe_that_is_a_folder_is_not_said_to_be_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+    submit = load("submit")
+    for name, said in (("", "is a folder; give a YAML file"), ("none.yaml", "does not exist")):
+        options = submit.argparse.Namespace(words=[str(tmp_path / name)], array=False, chain="")
+        with pytest.raises(submit.Refused, match=said):
+            submit.recipes_and_overrides(options)

@@ -19,8 +19,8 @@ from planted.rows import Rows
 from or1_megatron.errors import UserError
 from or1_megatron.prepare.asking.endpoint import Endpoint, key_from
 from or1_megatron.prepare.asking.judge import VotesOptions
-from or1_megatron.prepare.asking.votes import STEPS, KeepOptions, collect_votes, open_keep
-from or1_megatron.prepare.step import Drop
+from or1_megatron.prepare.asking.votes import STEPS, KeepOptions, collect_votes, open_keep, ready
+from or1_megatron.prepare.step import Drop, Finished
 from tests.unit.prepare.tables import context, row
 
 KEY = "sk-secret-0123456789"
@@ -224,7 +224,7 @@ def test_it_gives_up_in_one_line_and_goes_on_later(tmp_path: Path):
 def test_the_estimate_comes_first_and_may_be_all(healthy: Server, tmp_path: Path):
     said: list[str] = []
     priced = options(healthy, price_in=(2.0,), price_out=(10.0, 0.0), estimate_only=True)
-    with pytest.raises(UserError, match="stopped after the estimate; set estimate_only=false to vote"):
+    with pytest.raises(Finished, match="nothing is written; estimate_only=false votes"):
         outcome(priced, tmp_path, said)
     assert healthy.times == []
     # 9 problems x 3 requests x about 1,260 characters / 4 = 8,500; 9 x 8 replies x 150 tokens = 10,800.
@@ -266,7 +266,7 @@ def test_a_problem_that_the_server_does_not_take(tmp_path: Path):
 def test_what_is_no_server(tmp_path: Path):
     for address in ("localhost:8000", "http://h:8000:8000/v1"):
         with pytest.raises(UserError, match=f"'{address}' is no http"):
-            outcome(options_at(address), tmp_path)
+            ready(options_at(address))
     with Server(lambda number, body: (200, {})) as server, pytest.raises(UserError, match="no chat completion"):
         outcome(options(server), tmp_path)
     with pytest.raises(UserError, match="ConnectError"):
