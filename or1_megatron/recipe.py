@@ -52,8 +52,7 @@ def layers(path: Path, inheriting: tuple[Path, ...]) -> list[tuple[str, dict]]:
         run = f"; of a run: or1 train --resume {path}" if (path / "config.yaml").is_file() else ""
         raise UserError(f"recipe {path} is a folder; give a YAML file{run}")
     if not path.is_file():
-        raise UserError(f"recipe {path} does not exist; recipes are YAML files, see launch/recipes/, "
-                        "for or1 prepare launch/recipes/data/")  # fmt: skip
+        raise UserError(f"recipe {path} does not exist; there are some in launch/recipes/ and launch/recipes/data/")
     try:
         tree = yaml.load(path.read_text(), _Loader) or {}
     except (yaml.YAMLError, ValueError) as error:  # no UTF-8, a date that there is not

@@ -55,8 +55,8 @@ def load_tokenizer(model: str, architecture: Architecture) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(model)
     except Exception as error:  # tokenizers raises nothing narrower for a file that it cannot read
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"{model}: no usable tokenizer ({reason}); mend config.json if a key of it is named, else copy "
-                        "the tokenizer files") from None  # fmt: skip
+        fix = "mend config.json if a key of it is named, else copy the tokenizer files"
+        raise UserError(f"{model}: no usable tokenizer ({reason}); {fix}") from None
     if len(tokenizer) > architecture.vocab_size:
         raise UserError(
             f"{model}: the tokenizer has {len(tokenizer)} tokens but config.json says vocab_size="
