@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import tempfile
 import time
@@ -46,7 +47,8 @@ def evaluate(
     out: Path | None = None,
     overrides: list[str] | None = None,
 ) -> Path:
-    """Prints accuracy on each benchmark (none: on evaluation.files) at each temperature; returns the response file.
+    """Prints accuracy on each benchmark (none: on evaluation.files) at each temperature; returns the response file,
+    which after a failure or Ctrl-C has those that were done.
 
     problems: folder of the named benchmarks; None is OR1_PROBLEMS. limit: only the first so many problems of each.
     """
@@ -57,10 +59,15 @@ def evaluate(
         sets = _problem_sets(config, benchmarks, problems, limit)
         out = out or Path(config.runs_dir) / f"eval-{config.name}-{time.strftime('%Y%m%d-%H%M%S')}.parquet"
         _prepare_table(out)  # before the answers, which may take hours
-        tables = _answer_all(config, sets)
-    with published(out) as temporary:
-        parquet.write_table(pyarrow.concat_tables(tables), temporary)
-    print(f"responses: {out}")
+        tables: list[pyarrow.Table] = []
+        try:
+            for table in _answer_all(config, sets):
+                tables.append(table)
+        finally:  # what has been answered is not lost with what has not
+            if tables:
+                with published(out) as temporary:
+                    parquet.write_table(pyarrow.concat_tables(tables), temporary)
+                print(f"responses: {out}")
     return out
 
 
@@ -107,9 +114,9 @@ def _problem_sets(config: Config, benchmarks: list[str], problems: Path | None, 
     return sets
 
 
-def _answer_all(config: Config, sets: dict[str, list[Prompt]]) -> list[pyarrow.Table]:
+def _answer_all(config: Config, sets: dict[str, list[Prompt]]) -> Iterator[pyarrow.Table]:
     isolation = check_rewards(config.reward, [prompt for prompts in sets.values() for prompt in prompts])
-    tables, n = [], config.evaluation.num_samples
+    n = config.evaluation.num_samples
     with (
         tempfile.TemporaryDirectory(prefix="or1-eval-") as scratch,
         Display(len(sets) * len(config.evaluation.temperatures), config.name, unit="set") as display,
@@ -120,17 +127,17 @@ def _answer_all(config: Config, sets: dict[str, list[Prompt]]) -> list[pyarrow.T
         display.phase("starting engines")
         with Cluster(config, Path(scratch), with_actor=False) as cluster:
             cluster.message, cluster.answered = display.message, display.answered
-            for temperature in config.evaluation.temperatures:
-                for name, prompts in sets.items():
-                    display.phase(f"{name}: {len(prompts)} problems x {n} responses")
-                    groups = answers(config, cluster, rewards, prompts, temperature)
-                    tables.append(response_table(groups, benchmark=name, temperature=float(temperature)))
-                    for line in report_lines(tables[-1]):
-                        display.message(line)
-                    if len(groups) < len(prompts):
-                        display.message(f"  {len(prompts) - len(groups)} problems left out: their check failed")
-                    display.done(len(tables))
-    return tables
+            asked = itertools.product(config.evaluation.temperatures, sets.items())
+            for number, (temperature, (name, prompts)) in enumerate(asked, 1):
+                display.phase(f"{name}: {len(prompts)} problems x {n} responses")
+                groups = answers(config, cluster, rewards, prompts, temperature)
+                table = response_table(groups, benchmark=name, temperature=float(temperature))
+                for line in report_lines(table):
+                    display.message(line)
+                if len(groups) < len(prompts):
+                    display.message(f"  {len(prompts) - len(groups)} problems left out: their check failed")
+                display.done(number)
+                yield table
 
 
 def rescore(file: Path, config: RewardConfig, out: Path | None = None) -> None:

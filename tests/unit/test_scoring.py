@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from or1_megatron import cli
-from or1_megatron.errors import UserError
+from or1_megatron.errors import RunFailure, UserError
 from or1_megatron.responses import response_table, write_responses
 from or1_megatron.scoring import LONGEST_CONTEXT, configuration, evaluate, rescore
 from or1_megatron.sections import RewardConfig
@@ -162,6 +162,26 @@ def test_only_the_first_problems_of_each_set(model: Path, tmp_path: Path, monkey
         files = [f"evaluation.files=[{tmp_path / 'h.jsonl'}]"]
         evaluate(model, [], limit=limit, out=tmp_path / f"h{number}.parquet", overrides=files)
     assert seen == [[3], [3], [2], [2]]
+
+
+def test_what_was_answered_before_a_failure_is_kept(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "b.jsonl").write_text('{"question": "1 + 1?", "answer": "2"}')
+    tables = [response_table([group("a", ["2", "3"], ["correct", "wrong"])])]
+
+    def dies(config: object, sets: object):
+        yield from tables
+        raise RunFailure("the last engine died")
+
+    monkeypatch.setattr("or1_megatron.scoring._answer_all", dies)
+    for name, rows in (("some", 2), ("none", 0)):
+        out = tmp_path / f"{name}.parquet"
+        with pytest.raises(RunFailure, match="the last engine died"):
+            evaluate(model, [str(tmp_path / "b.jsonl")], out=out)
+        assert (parquet.read_table(out).num_rows if out.exists() else 0) == rows
+        assert (f"responses: {out}" in capsys.readouterr().out) == bool(rows)
+        tables.clear()
 
 
 def test_a_context_beyond_what_the_paper_evaluates_is_not_taken_by_itself(model: Path, tmp_path: Path):
