@@ -54,11 +54,11 @@ def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Ve
         + ", ".join(f"{n} {name}" for name, n in counts.most_common())
     )
     print("check time: p50 {latency_p50_ms:.1f} ms, p99 {latency_p99_ms:.1f} ms".format_map(_short(metrics)))
-    judged = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.correct is not None]
-    if judged:
-        wrong = sum(verdict.name == "correct" and not row.correct for row, verdict in judged)
-        lost = sum(verdict.name != "correct" and bool(row.correct) for row, verdict in judged)
-        print(f"against {len(judged)} judgements by hand: {wrong} wrong answers accepted, {lost} right ones refused")
+    by_hand = [(row, verdict) for row, verdict in zip(rows, verdicts, strict=True) if row.correct is not None]
+    if by_hand:
+        wrong = sum(verdict.name == "correct" and not row.correct for row, verdict in by_hand)
+        lost = sum(verdict.name != "correct" and bool(row.correct) for row, verdict in by_hand)
+        print(f"against {len(by_hand)} judgements by hand: {wrong} wrong answers accepted, {lost} right ones refused")
     if out:
         lines = [json.dumps({"verdict": v.name, "seconds": round(v.seconds, 4), "detail": v.detail}) for v in verdicts]
         with published(out) as temporary:
