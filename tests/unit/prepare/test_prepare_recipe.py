@@ -99,7 +99,7 @@ def test_what_is_there_is_not_said_to_be_missing(recipe: Path, tmp_path: Path, c
     for given, said in (
         (recipe, "rows.jsonl is a folder; give a file"),
         (tmp_path, " is a folder; give a YAML file"),
-        (tmp_path / "none.yaml", "for or1 prepare launch/recipes/data/"),
+        (tmp_path / "none.yaml", "does not exist; there are some in launch/recipes/ and launch/recipes/data/"),
     ):
         assert cli.main(["prepare", str(given)]) == 2
         assert said in capsys.readouterr().err
