@@ -154,14 +154,15 @@ class Run:
         self._ahead.abandon()
         self.folder.close()
 
-    def save_if_due(self, step: int) -> None:
+    def save_if_due(self, step: int) -> dict[str, float]:
         """Begins a checkpoint when one is due; makes the one before visible as soon as it is written."""
         with self.spans.span("save"):
-            self.checkpoints.publish_if_written()
+            written = self.checkpoints.publish_if_written()
         interval = self.config.save_interval
         last = step == self.config.steps or self.stop.requested
         if last or (interval and step % interval == 0):
             self.save(wait=last or not self.config.background_save)
+        return {} if written is None else {"save/write_seconds": written}
 
     def save(self, *, wait: bool = True) -> None:
         """Saves the state after the last completed step. Raises UserError."""

@@ -42,7 +42,7 @@ class Actor(Protocol):
     """What a checkpoint is taken from; see cluster/cluster.py."""
 
     def begin_save(self, directory: Path) -> None: ...
-    def save_written(self) -> bool: ...
+    def save_written(self) -> float | None: ...
     def finish_save(self) -> FileSums: ...
 
 
@@ -80,10 +80,13 @@ class Checkpoints:
             raise
         self._writing = state, partial
 
-    def publish_if_written(self) -> None:
-        """Ends a save whose files are there, without waiting. Raises UserError when they could not be written."""
-        if self._writing and self._actor.save_written():
+    def publish_if_written(self) -> float | None:
+        """Ends a save whose files are there, without waiting; the seconds that they took, None where there is none.
+        Raises UserError when they could not be written."""
+        seconds = self._actor.save_written() if self._writing else None
+        if seconds is not None:
             self.finish()
+        return seconds
 
     def finish(self) -> None:
         """Waits for the files, makes the checkpoint visible, deletes outdated ones. Raises UserError."""

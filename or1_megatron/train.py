@@ -113,7 +113,7 @@ def magic(run: Run) -> None:
             with spans.span("metrics"):
                 metrics |= rollout_metrics(rollout)
             metrics |= run.finish(step, rollout)
-            run.save_if_due(step)
+            metrics |= run.save_if_due(step)
         metrics |= {"entropy/signal": e_k, "entropy/c": run.controller.coefficient, "entropy/alpha": alpha}
         run.record(step, metrics, rollout)
         if run.stop.requested:

@@ -86,13 +86,15 @@ class Watch:
     def time_is_short(self) -> bool:
         """Whether another step, a save and a minute no longer fit before the end.
 
-        By the longest of the last 20 steps and the longest save of the last 100, in which there may be few.
+        By the longest of the last 20 steps and, of the last 100, in which there may be few saves, the longest that one
+        held its step up and the longest that one was written in the background.
         """
         if time.time() - self._asked > 5:
             self._asked = time.time()
             rows = metrics(self.run)[-100:]
             self._step_s = max((row["seconds/step"] for row in rows[-20:]), default=0.0)
-            self._save_s = max((row.get("seconds/save", 0.0) for row in rows), default=0.0)
+            saves = ("seconds/save", "save/write_seconds")
+            self._save_s = sum(max((row.get(name, 0.0) for row in rows), default=0.0) for name in saves)
         return bool(self._step_s) and time.time() > self._end - self._step_s - self._save_s - SPARE_S
 
     def stalled(self) -> bool:

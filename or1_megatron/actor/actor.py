@@ -309,9 +309,10 @@ class MegatronActor:
         release_memory()
         self.model.restore_grad_buffers()
 
-    def save_written(self) -> bool:
-        """Whether this rank's files of the save that has begun are there."""
-        return self._writer is not None and self._writer.written
+    def save_written(self) -> float | None:
+        """Seconds that this rank's files of the save that has begun took; None while they are being written."""
+        assert self._writer is not None, "no save has begun"
+        return self._writer.written
 
     def finish_save(self) -> FileSums:
         """Waits for the save that has begun; this rank's files. Collective. Raises UserError."""

@@ -16,6 +16,7 @@ import os
 import pickle
 import queue
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,9 +61,13 @@ class CheckpointWriter:
             buckets[:] = [(path, name, ([], [])) for path, name, _ in buckets]
 
     @property
-    def written(self) -> bool:
-        """Whether `finish` would not have to wait for this rank's files."""
-        return self._process is None or not self._process.is_alive()
+    def written(self) -> float | None:
+        """Seconds that this rank's files took; None: `finish` would have to wait for them."""
+        if self._process is None:
+            return 0.0
+        if self._process.is_alive():
+            return None
+        return self._results.read()[2] if self._process.exitcode == 0 else 0.0
 
     def finish(self) -> FileSums:
         """Waits, writes the metadata; this rank's files. Raises on all ranks when one could not write: UserError where
@@ -96,16 +101,20 @@ class _Results:
         self.refused = False  # by a disk that a new start would find the same
         self.exit_code: int | None = None
 
-    def put(self, results: Any) -> None:
-        pickle.dump(results, self._file)
+    def put(self, results: Any, sums: FileSums, seconds: float) -> None:
+        pickle.dump((results, sums, seconds), self._file)
         self._file.flush()
+
+    def read(self) -> tuple[Any, FileSums, float]:
+        """What the other process put. Not before it has ended well."""
+        self._file.seek(0)
+        return pickle.load(self._file)
 
     def get_nowait(self) -> Any:
         """What Megatron takes for the outcome: results per file, or the exception that prevented them."""
         if self.exit_code:
             return RuntimeError(f"the writing process ended with exit code {self.exit_code}")
-        self._file.seek(0)
-        results, self.sums = pickle.load(self._file)
+        results, self.sums, _ = self.read()
         self.refused = isinstance(results, OSError) and results.errno in _REFUSALS
         return results
 
@@ -117,7 +126,7 @@ def _write(transforms: list[Any], buckets: list[Any], results: _Results, parent:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # no writer outlives its rank
     if os.getppid() != parent:
         return
-    found, sums = {}, {}
+    begun, found, sums = time.monotonic(), {}, {}
     for index, bucket in enumerate(buckets):
         outcome: Any = queue.SimpleQueue()  # Megatron says multiprocessing's, but nothing leaves this process
         running: Any = queue.Queue()
@@ -125,8 +134,8 @@ def _write(transforms: list[Any], buckets: list[Any], results: _Results, parent:
         FileSystemWriterAsync.write_preloaded_data(transforms, index, bucket, outcome, running, use_fsync=True)
         _, found[index] = outcome.get()
         if isinstance(found[index], Exception):
-            results.put((found[index], {}))
+            results.put(found[index], {}, 0.0)
             return
         path = Path(bucket[0])
         sums[path.name] = file_sum(path)
-    results.put((found, sums))
+    results.put(found, sums, time.monotonic() - begun)

@@ -248,8 +248,10 @@ class Cluster:
         self._enter(Phase.CHECKPOINT)
         self._on_ranks("begin_save", directory)
 
-    def save_written(self) -> bool:
-        return all(self._on_ranks("save_written"))
+    def save_written(self) -> float | None:
+        """Seconds that the slowest rank's files took; None while there are some to be written."""
+        took = self._on_ranks("save_written")
+        return None if None in took else max(took)
 
     def finish_save(self) -> FileSums:
         """Waits for the files; bytes and CRC-32 of each. Raises UserError when the disk does not take them."""

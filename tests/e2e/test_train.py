@@ -183,6 +183,8 @@ def test_two_stages_and_a_bitwise_resume(workplace: Path) -> None:
         one, other = ({n: row[n] for n in row if not re.search(measured, n)} for row in (one, other))
         assert one == other
     assert rows[0][3]["entropy/alpha"] > 0
+    written = [row["save/write_seconds"] for row in metrics(cut) if "save/write_seconds" in row]
+    assert written and all(0 < seconds < 60 for seconds in written), "of the saves in the background"
     for folder in ("rollouts", "history"):
         ours, theirs = (sorted((run / folder).glob("*.parquet")) for run in (straight, cut))
         assert [path.name for path in ours] == [path.name for path in theirs] and len(ours) == 4

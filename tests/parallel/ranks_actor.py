@@ -248,7 +248,7 @@ def save_with_a_killed_writer(rank: int, world_size: int, config: Config, direct
     actor = MegatronActor(config, rank)
     checkpoint_writer.file_sum = lambda path: time.sleep(600)  # type: ignore[assignment]
     actor.begin_save(directory)
-    assert not actor.save_written()
+    assert actor.save_written() is None
     os.kill(actor._writer._process.pid, signal.SIGKILL)  # type: ignore[union-attr]
     try:
         actor.finish_save()

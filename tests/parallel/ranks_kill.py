@@ -62,8 +62,9 @@ class Ranks:
     def begin_save(self, directory: Path) -> None:
         self.call("begin_save", directory)
 
-    def save_written(self) -> bool:
-        return all(self.call("save_written"))
+    def save_written(self) -> float | None:
+        took = self.call("save_written")
+        return None if None in took else max(took)
 
     def finish_save(self) -> FileSums:
         return {name: value for files in self.call("finish_save") for name, value in files.items()}

@@ -25,14 +25,15 @@ class OneFile:
     """An actor of a few bytes, whose file is written when it is told so."""
 
     def __init__(self, fails: bool = False) -> None:
-        self.ready, self._fails = False, fails
+        self.took: float | None = None
+        self._fails = fails
 
     def begin_save(self, directory: Path) -> None:
         (directory / "metadata.json").write_text("{}")
         self._file = directory / "weights"
 
-    def save_written(self) -> bool:
-        return self.ready
+    def save_written(self) -> float | None:
+        return self.took
 
     def finish_save(self) -> FileSums:
         if self._fails:
@@ -58,12 +59,13 @@ def test_a_checkpoint_is_visible_when_it_is_written(tmp_path: Path, architecture
     checkpoints = Checkpoints(tmp_path, actor, architecture, keep=2, keep_every=0)
     for step in (2, 3):
         checkpoints.begin(state_after(step, architecture))
-        checkpoints.publish_if_written()
+        assert checkpoints.publish_if_written() is None
         # The save before is waited for, this one is not.
         assert [path.name for path in completed(tmp_path)] == [f"step-00000{n}" for n in range(max(1, step - 2), step)]
         assert (tmp_path / "latest").resolve().name == f"step-00000{step - 1}"
-    actor.ready = True
-    checkpoints.publish_if_written()
+    actor.took = 1.5
+    assert checkpoints.publish_if_written() == 1.5
+    assert checkpoints.publish_if_written() is None, "there is no other"
     assert newest(tmp_path, architecture, [4, 16]).state == state_after(3, architecture)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000002", "step-000003"]
 

@@ -156,6 +156,10 @@ def test_time_is_short_when_a_step_a_save_and_a_minute_do_not_fit(tmp_path: Path
         for row in [*rows, *({"step": step, "seconds/step": 80.0} for step in range(3, 40))]:
             file.write(json.dumps(row) + "\n")
     assert progress.Watch(tmp_path, 0, time.time() + 80 + 30 + 60 - 20).time_is_short()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 40, "seconds/step": 80.0, "save/write_seconds": 45.0}) + "\n")
+    assert progress.Watch(tmp_path, 0, time.time() + 80 + 30 + 45 + 60 - 20).time_is_short()
+    assert not progress.Watch(tmp_path, 0, time.time() + 80 + 30 + 45 + 60 + 20).time_is_short()
     assert not progress.Watch(tmp_path / "nothing", 0, time.time() + 1).time_is_short(), "no step to go by"
 
 
