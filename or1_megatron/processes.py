@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from or1_megatron.config import Config
-from or1_megatron.errors import RunFailure
 from or1_megatron.parallel import device
 from or1_megatron.parallel.bucket import Bucket, TensorSlot
 from or1_megatron.parallel.weight_exchange import LOOPBACK, Meeting, Offer, Plan, open_meeting
@@ -87,14 +86,11 @@ class ActorRank(_Process):
             probe.bind((address, int(os.environ.get("OR1_MEETING_PORT", "0"))))
             return f"tcp://{address}:{probe.getsockname()[1]}"
 
-    def start(self, config: Config, rank: int, meeting_point: str, gpu: bool) -> None:
-        """Joins the other ranks and builds the model; returns when this rank is ready. gpu: whether it has been given
-        one. Raises RunFailure."""
-        if gpu and not device.has_cuda():  # as a rank of the CPU it would wait for the others' NCCL until the timeout
-            raise RunFailure(
-                f"rank {rank} was given a GPU of {self.host()}, but CUDA does not start there; see nvidia-smi on that "
-                "node"
-            )
+    def has_cuda(self) -> bool:
+        return device.has_cuda()
+
+    def start(self, config: Config, rank: int, meeting_point: str) -> None:
+        """Joins the other ranks and builds the model; returns when this rank is ready."""
         # Megatron's overlap of tensor-parallel traffic needs kernels in the order in which they are launched.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         if meeting_point.startswith("file:"):

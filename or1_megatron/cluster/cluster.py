@@ -19,7 +19,7 @@ from or1_megatron.cluster import joining, transport
 from or1_megatron.cluster.placement import Placement, place
 from or1_megatron.cluster.workers import Workers
 from or1_megatron.config import Config
-from or1_megatron.errors import UserError, WorkerDied
+from or1_megatron.errors import RunFailure, UserError, WorkerDied
 from or1_megatron.handover import ACTOR_PARTS, ENGINE_PARTS, Handover, Part, Phase
 from or1_megatron.parallel.device import num_devices
 from or1_megatron.parallel.dims import Dims
@@ -51,6 +51,14 @@ def check_host(config: Config) -> None:
     """As `placed`, before Ray is started on this host. What a cluster to be joined has is known when it is joined."""
     if not joining.address_to_join():
         placed(config, [num_devices()])
+
+
+def check_cuda(have: list[bool], hosts: list[str]) -> None:
+    """Of each rank, whether it has CUDA, and where it is. Raises RunFailure when some have and others have not: these
+    would join by gloo, and the others' NCCL would wait for them until its timeout."""
+    if any(have) and not all(have):
+        rank = have.index(False)
+        raise RunFailure(f"CUDA does not start in rank {rank} on {hosts[rank]}; see nvidia-smi on that node")
 
 
 class Cluster:
@@ -105,8 +113,9 @@ class Cluster:
         address = self._nodes[where.nodes("rank")[0]].address if self._joined and self._ranks else None
         if self._with_actor:
             meeting = self._workers.wait([self._ranks[0].meeting_point.remote(address)])[0]
-            gpu = where.share("rank") > 0
-            started += [rank.start.remote(self.config, i, meeting, gpu) for i, rank in enumerate(self._ranks)]
+            have = self._workers.wait([rank.has_cuda.remote() for rank in self._ranks])
+            check_cuda(have, [self._nodes[node].host for node in where.nodes("rank")])
+            started += [rank.start.remote(self.config, i, meeting) for i, rank in enumerate(self._ranks)]
         self._workers.wait(started)
         if self._with_actor:
             sides = self.config, self._workers, self._ranks, self._engines

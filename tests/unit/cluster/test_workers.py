@@ -12,9 +12,9 @@ import pytest
 import ray
 
 from or1_megatron.cluster import joining
+from or1_megatron.cluster.cluster import check_cuda
 from or1_megatron.cluster.workers import Workers
 from or1_megatron.errors import RunFailure, UserError, WorkerDied
-from or1_megatron.processes import ActorRank
 
 
 @ray.remote(num_cpus=0)
@@ -91,10 +91,9 @@ def test_a_stream_that_fails_is_replaced_and_the_others_go_on(workers: tuple[Wor
     assert [died.workers for died in told] == [[second]]
 
 
-def test_a_rank_that_was_given_a_gpu_and_finds_none_says_so(running: None, tmp_path: Path) -> None:
-    some = Workers(60.0)
-    rank: Any = ray.remote(ActorRank).options(num_cpus=0).remote(str(tmp_path / "rank7.log"), False)
-    some.add(rank, tmp_path / "rank7.log")
-    with pytest.raises(RunFailure, match="rank 7 was given a GPU of .*, but CUDA does not start there"):
-        some.wait([rank.start.remote(None, 7, "file:///nowhere", True)])
-    ray.kill(rank)
+def test_ranks_without_cuda_among_others_are_told_and_a_run_without_any_goes_on() -> None:
+    hosts = ["node1", "node1", "node2", "node2"]
+    with pytest.raises(RunFailure, match="CUDA does not start in rank 2 on node2; see nvidia-smi"):
+        check_cuda([True, True, False, False], hosts)
+    check_cuda([True] * 4, hosts)
+    check_cuda([False] * 4, hosts)
