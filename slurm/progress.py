@@ -44,10 +44,17 @@ def hears(run: Path, driver: int) -> bool:
 
 
 def metrics(run: Path) -> list[dict]:
-    """Rows of completed steps, a torn last line left out."""
+    """Rows of completed steps; a line that is none, as a file server that was full may leave, is left out."""
     path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.is_file() else []
-    return [row for row in map(json.loads, lines) if "seconds/step" in row]
+    rows = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        try:
+            row = json.loads(line.decode())
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "seconds/step" in row:
+            rows.append(row)
+    return rows
 
 
 def command(run: Path, attempt: Path, job: dict) -> list[str]:

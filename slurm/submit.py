@@ -174,6 +174,7 @@ def script(runs: list[Path], facts: dict[str, Any], options: argparse.Namespace)
     settings = {
         "MAX_RESTARTS": options.max_restarts,
         "PREFLIGHT_S": 180,
+        "LEAD_S": round(options.lead * 60),
         "OR1_SHM_MB": round(options.object_store_gb * 1024),
         "PYTHON": job_python(options),
         "CONTAINER": options.container_image,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ STUBS = {
     "squeue": ASKED
     + """case "$*:${SLURM_TIME_FORMAT:-standard}" in
   *%x:*) echo "${STUB_EXCLUDED:-(null)}" ;;
-  *%e:standard) echo 2030-01-01T00:00:00 ;;
+  *%e:standard) echo "${STUB_END:-2030-01-01T00:00:00}" ;;
   *) echo 'Tue 1 tomorrow' ;;
 esac
 """,
@@ -39,6 +40,7 @@ fi
 if [ -n "${STUB_SAVES:-}" ]; then
   mkdir -p "$run/checkpoints/step-$STUB_SAVES" && touch "$run/checkpoints/step-$STUB_SAVES/driver.json"
 fi
+if [ -n "${STUB_USR1:-}" ]; then kill -USR1 $PPID; /bin/sleep 0.1; fi
 [ "$STUB_CODE" != 130 ] || touch "$attempt/stop"
 echo "{\\"code\\": $STUB_CODE, \\"reason\\": \\"as told\\"}" >"$attempt/result.json"
 exit "$STUB_CODE"
@@ -57,7 +59,8 @@ class BatchJob:
         for name, text in STUBS.items():
             (self.stubs / name).write_text(text)
             (self.stubs / name).chmod(0o755)
-        settings = f"RUNS=({self.run}) MAX_RESTARTS=20 PREFLIGHT_S=20 CONTAINER='' MOUNTS='' PYTHON=python OR1_SHM_MB=1"
+        settings = f"RUNS=({self.run}) MAX_RESTARTS=20 PREFLIGHT_S=20 LEAD_S=600 CONTAINER='' MOUNTS='' "
+        settings += "PYTHON=python OR1_SHM_MB=1"
         self.script = folder / "train.sbatch"
         self.script.write_text(SCRIPT.read_text().replace("#@SETTINGS@", settings))
 
@@ -102,6 +105,16 @@ def test_saves_of_the_same_step_are_given_up(job: BatchJob) -> None:
     assert [job.attempt(code=130, saves=0) for _ in range(2)] == ["requeued saved step 000000"] * 2
     end = job.attempt(code=130, saves=0)
     assert end == "1 saved step 000000; not requeued: 3 attempts in turn brought no checkpoint"
+
+
+def test_who_is_preempted_before_a_save_is_not_given_up(job: BatchJob) -> None:
+    """With USR1, as where Slurm sends it; at the end of its time an attempt that saves nothing counts."""
+    for _ in range(5):
+        assert job.attempt(code=130, STUB_USR1="yes") == "requeued stopped before a first checkpoint"
+    soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 650))
+    ends = [job.attempt(code=130, STUB_USR1="yes", STUB_END=soon) for _ in range(3)]
+    assert ends[:2] == ["requeued stopped before a first checkpoint"] * 2
+    assert ends[2] == "1 stopped before a first checkpoint; not requeued: 3 attempts in turn brought no checkpoint"
 
 
 def test_a_preflight_that_starts_nowhere_is_tried_again(job: BatchJob) -> None:

@@ -149,7 +149,8 @@ def test_what_the_driver_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_time_is_short_when_a_step_a_save_and_a_minute_do_not_fit(tmp_path: Path) -> None:
     rows = [{"step": 1, "seconds/step": 100.0}, {"step": 2, "seconds/step": 80.0, "seconds/save": 30.0}]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"torn')
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"cut\n[]\n\xff\n' + lines.encode() + b'{"torn')
     assert not progress.Watch(tmp_path, 0, time.time() + 100 + 30 + 60 + 20).time_is_short()
     assert progress.Watch(tmp_path, 0, time.time() + 100 + 30 + 60 - 20).time_is_short()
     with (tmp_path / "metrics.jsonl").open("w") as file:  # the last save lies more than 20 steps back
@@ -191,7 +192,7 @@ def test_shellcheck_is_clean(tmp_path: Path) -> None:
         pytest.skip("needs shellcheck: apt-get install shellcheck")
     root = FOLDER.parent
     batch = tmp_path / "train.sbatch"
-    settings = 'RUNS=(a) MAX_RESTARTS=1 PREFLIGHT_S=1 CONTAINER="" MOUNTS="" PYTHON="" OR1_SHM_MB=1'
+    settings = 'RUNS=(a) MAX_RESTARTS=1 PREFLIGHT_S=1 LEAD_S=1 CONTAINER="" MOUNTS="" PYTHON="" OR1_SHM_MB=1'
     batch.write_text((FOLDER / "train.sbatch").read_text().replace("#@SETTINGS@", settings))
     files = [batch, FOLDER / "preflight", root / "launch" / "ray_cluster.sh", root / "tests" / "slurm" / "cluster.sh"]
     done = subprocess.run(["shellcheck", *files], check=False, capture_output=True, text=True)
