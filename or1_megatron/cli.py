@@ -1,8 +1,7 @@
 """The command `or1`. Parses, calls, and turns errors into one line and an exit code.
 
 Exit codes: 0 done, 1 the run failed, 2 the input is at fault, 130 stopped by the user, 141 nobody reads what it prints
-any more (`| head`). Libraries are imported by the
-subcommand that needs them, so `or1 --help` answers at once.
+any more (`| head`). Libraries are imported by the subcommand that needs them, so `or1 --help` answers at once.
 """
 
 from __future__ import annotations

@@ -47,9 +47,12 @@ def check_model(config: Config) -> Architecture:
         )
     with open_weights(Path(config.model.path), architecture):
         pass  # opening them is the check
-    weight_bytes = (4 if config.engine_dtype == "fp32" else 2) * architecture.num_parameters
-    _check_memory("rollout.num_engines", config.rollout.num_engines, weight_bytes)
+    _check_memory("rollout.num_engines", config.rollout.num_engines, _weight_bytes(architecture, config.engine_dtype))
     return architecture
+
+
+def _weight_bytes(architecture: Architecture, dtype: str) -> int:
+    return (4 if dtype == "fp32" else 2) * architecture.num_parameters
 
 
 def _check_memory(name: str, number: int, weight_bytes: float) -> None:
@@ -68,7 +71,7 @@ def check_inputs(config: Config) -> Inputs:
     architecture = check_model(config)
     parallel = config.parallel
     check_degrees(architecture, tp=parallel.tp, pp=parallel.pp)
-    shard_bytes = (4 if config.model.dtype == "fp32" else 2) * architecture.num_parameters / (parallel.tp * parallel.pp)
+    shard_bytes = _weight_bytes(architecture, config.model.dtype) / (parallel.tp * parallel.pp)
     _check_memory("parallel.num_ranks", parallel.num_ranks, shard_bytes)
     check_host(config)
     use_transformer_engine(config.model.transformer_impl, config.model.dtype)
