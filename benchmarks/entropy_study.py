@@ -281,7 +281,7 @@ class Study:
         print(f"{label}: {time.monotonic() - started:.0f} s in all", flush=True)
 
     def rows(self, variant: Variant, seed: int) -> list[dict[str, Any]]:
-        return RunFolder.open(self.folder(variant, seed)).read_metrics()
+        return RunFolder.open(self.folder(variant, seed)).metrics.read()
 
     def results(self) -> Results:
         return {one.name: {seed: measures(self.rows(one, seed)) for seed in self.seeds} for one in self.variants}
@@ -307,7 +307,7 @@ def complete(path: Path, config: Config) -> bool:
     folder = RunFolder.open(path)
     if folder.config != config:
         raise UserError(f"{path} holds a run with other settings than this study's; give another --out, or remove it")
-    rows = folder.read_metrics()
+    rows = folder.metrics.read()
     return bool(rows) and rows[-1]["step"] == config.steps and "seconds/step" not in rows[-1]
 
 

@@ -55,7 +55,7 @@ def run(folder: Path, words: list[str], before: list[str]) -> list[dict[str, flo
     command = [*before, sys.executable, "-m", "or1_megatron", "train", str(recipe), *words]
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = [row for row in RunFolder.open(folder).read_metrics() if "seconds/update" in row]
+    rows = [row for row in RunFolder.open(folder).metrics.read() if "seconds/update" in row]
     return rows[2:-1]
 
 

@@ -107,7 +107,7 @@ def run_of(tree: dict[str, Any], scratch: Path) -> RunFolder:
 
 def measured_steps(run: RunFolder, stages: set[int]) -> list[dict[str, float]]:
     """rollout, update, others and step seconds of every step of these stages but the run's first."""
-    rows = [row for row in run.read_metrics() if "seconds/step" in row and row["step"] > 1 and row["stage"] in stages]
+    rows = [row for row in run.metrics.read() if "seconds/step" in row and row["step"] > 1 and row["stage"] in stages]
     return [{name: row[f"seconds/{name}"] for name in ("rollout", "update", "others", "step")} for row in rows]
 
 

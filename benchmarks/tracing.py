@@ -126,8 +126,8 @@ def run_in_turns(scratch: Path, model: Path, steps: int) -> tuple[InTurns, list[
         timeline.attach(cluster)
         run.timeline = timeline
         magic(run)
-        folder.close()
-    return timeline, folder.read_metrics()
+        folder.metrics.close()
+    return timeline, folder.metrics.read()
 
 
 def interval(values: list[float]) -> tuple[float, float]:

@@ -63,7 +63,7 @@ class Evaluator:
             first = next(iter(found.values()))
             if step not in dict(self.history):
                 self.history.append((step, first.average.value))
-                self._folder.log_metrics(step, evaluation_metrics(found))
+                self._folder.metrics.log(step, evaluation_metrics(found))
             shares = ", ".join(f"{100 * one.average.value:.1f}%{_at(t, found)}" for t, one in found.items())
             display.message(f"held-out after step {step}: avg@{first.num_samples} {shares}")
 

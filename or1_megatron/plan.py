@@ -125,7 +125,7 @@ def calibration_of(run: RunFolder, stages: Collection[int] | None = None) -> Cal
         raise UserError(f"{file} is not a trace that a run of this version has written; calibrate on another run")
     return calibrate(
         trace,
-        run.read_metrics(),
+        run.metrics.read(),
         group_sizes=[stage.rollout.group_size for stage in config.all_stages()],
         num_ranks=config.parallel.num_ranks,
         num_engines=config.rollout.num_engines,
@@ -137,7 +137,7 @@ def calibration_of(run: RunFolder, stages: Collection[int] | None = None) -> Cal
 
 def measured(run: RunFolder, stages: Collection[int] | None = None) -> Assumptions:
     """Lengths and the kept share of a run, in these stages. Raises UserError: no rollouts, or a damaged file."""
-    steps = [row for row in run.read_metrics() if "groups/generated" in row]
+    steps = [row for row in run.metrics.read() if "groups/generated" in row]
     steps = [row for row in steps if stages is None or row["stage"] in stages]
     files = [run.rollouts / f"step-{row['step']:06d}.parquet" for row in steps]
     groups: list[tuple[int, ...]] = []

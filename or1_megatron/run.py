@@ -140,8 +140,8 @@ class Run:
             self.carried = []
         for uid, tokens, responses in self.folder.read_lengths(self.state.step):
             self.lengths.note(uid, tokens, responses)
-        self.folder.rewind(self.state.step)
-        known = held_out(self.folder.read_metrics())
+        self.folder.metrics.rewind(self.state.step)
+        known = held_out(self.folder.metrics.read())
         if self.folder.config.evaluation != self.config.evaluation:  # then the one that is due now is another
             known = [(step, value) for step, value in known if step != self.state.step]
         self.evaluator.history = known
@@ -152,7 +152,7 @@ class Run:
         """A rollout under way must not outlive the cluster: its thread would wake Ray anew."""
         self.cluster.stop_requested = lambda: True
         self._ahead.abandon()
-        self.folder.close()
+        self.folder.metrics.close()
 
     def save_if_due(self, step: int) -> dict[str, float]:
         """Begins a checkpoint when one is due; makes the one before visible as soon as it is written."""
@@ -219,7 +219,7 @@ class Run:
         metrics |= self.timeline.end(step, engines=not self._ahead.under_way)
         with self.spans.span("record"):
             self.folder.save_rollouts(step, rollout.generated)
-            self.folder.log_metrics(step, metrics)
+            self.folder.metrics.log(step, metrics)
             self.display.step({"step": step, **metrics})
 
 

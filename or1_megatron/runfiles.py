@@ -6,45 +6,11 @@ with one line that names it.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any
 
 from or1_megatron.errors import UserError
-
-
-class Driver(NamedTuple):
-    """The process that runs a run, as driver.lock has it."""
-
-    host: str
-    process: int
-    job: str  # Slurm's; empty outside of one
-
-    def __str__(self) -> str:
-        return f"process {self.process} on {self.host}" + (f" of job {self.job}" if self.job else "")
-
-
-def read_driver(lock: TextIO) -> Driver:
-    lock.seek(0)
-    try:
-        return Driver(*json.loads(lock.read()))
-    except (ValueError, TypeError):  # it has only just begun
-        return Driver("an unknown host", 0, "")
-
-
-def driver_of(run: Path) -> Driver | None:
-    """Who runs it now; None: nobody. Raises OSError where the file system has no locks."""
-    path = run / "driver.lock"
-    if not path.is_file():
-        return None
-    with path.open() as lock:
-        try:
-            # Shared, and let go at once: a driver that begins in this instant tries again, see RunFolder.driven.
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return read_driver(lock)
-    return None
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -63,6 +29,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path} line {number} is no JSON object with a step; remove that line")
         rows.append(row)
     return rows
+
+
+def ends_run(row: dict[str, Any]) -> bool:
+    """Whether this line of metrics.jsonl is the one behind the last push and evaluation."""
+    return "seconds/sync" in row and "seconds/step" not in row
 
 
 def read_object(path: Path) -> dict[str, Any]:

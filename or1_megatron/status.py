@@ -15,9 +15,10 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
+from or1_megatron.driver_lock import driver_of
 from or1_megatron.errors import UserError
 from or1_megatron.recipe import layers
-from or1_megatron.runfiles import driver_of, read_metrics, read_object
+from or1_megatron.runfiles import ends_run, read_metrics, read_object
 
 _ASK_AGAIN_S = 2.0
 _LIVE = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD")
@@ -59,12 +60,13 @@ def status_lines(run: Path) -> list[str]:
     saved = sorted(path.parent.name for path in run.glob("checkpoints/step-*/driver.json"))
     newest = int(saved[-1].rpartition("-")[2]) if saved else 0
     total = config.get("steps", "?")
-    damage, rows = "", []
+    damage, logged = "", []
     try:
-        rows = [row for row in read_metrics(run) if "seconds/step" in row]
+        logged = read_metrics(run)
     except UserError as error:  # the rest is to be seen all the same
         damage = str(error)
-    complete = isinstance(total, int) and bool(rows) and rows[-1]["step"] >= total
+    rows = [row for row in logged if "seconds/step" in row]
+    complete = isinstance(total, int) and any(row["step"] >= total and ends_run(row) for row in logged)
     driven, state = _state(run, newest, complete=complete, submitted=bool(jobs))
     lines = [f"run       {run}", f"name      {config.get('name', job.get('name', '?'))}", *state]
     if rows:

@@ -120,7 +120,7 @@ def magic(run: Run) -> None:
             raise StopRequested("stopped between steps")
     run.sync(config.steps)
     run.evaluator.run_if_due(config.steps, display, last=True)
-    run.folder.log_metrics(config.steps, spans.take())
+    run.folder.metrics.log(config.steps, spans.take())
     run.timeline.close()
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from or1_megatron.data.rows import sound_rows
 from or1_megatron.errors import UserError
-from or1_megatron.parallel.file_sums import published
+from or1_megatron.parallel.file_sums import publish_text
 from or1_megatron.prepare.progress import Bars
 from or1_megatron.reward.preflight import reached_isolation
 from or1_megatron.reward.problem import BROKEN_TESTS, Task, code_tests
@@ -61,8 +61,7 @@ def verify(file: Path, config: RewardConfig, out: Path | None = None) -> list[Ve
         print(f"against {len(by_hand)} judgements by hand: {wrong} wrong answers accepted, {lost} right ones refused")
     if out:
         lines = [json.dumps({"verdict": v.name, "seconds": round(v.seconds, 4), "detail": v.detail}) for v in verdicts]
-        with published(out) as temporary:
-            temporary.write_text("\n".join(lines) + "\n")
+        publish_text(out, "\n".join(lines) + "\n")
     return verdicts
 
 

@@ -21,6 +21,7 @@ RINGS = (
     ("cluster", "processes", "handover"),
     (
         *("train", "run", "inputs", "evaluate", "collect", "update", "runstate", "display", "runfolder", "runfiles"),
+        *("driver_lock", "metrics"),
         *("timeline", "doctor", "dryrun", "status", "plan", "accuracy", "responses", "report"),
     ),
     ("convert", "compare", "verify", "peers", "scoring", "prepare"),

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 from pathlib import Path
 from typing import Any
+
+from or1_megatron.parallel.file_sums import publish_text
 
 DATA_SOURCE = "reasoning_gym/chain_sum"
 EXAMPLES = ((2, 5), (4, 1))
@@ -29,9 +30,7 @@ def write_addition_problems(train: Path, held_out: Path, seed: int) -> tuple[int
     for path, split, pairs in zip((train, held_out), ("train", "held_out"), sides, strict=True):
         rows = [json.dumps(problem(pair, split, index)) for index, pair in enumerate(pairs)]
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("\n".join(rows) + "\n")
-        os.replace(temporary, path)
+        publish_text(path, "\n".join(rows) + "\n")
     return len(sides[0]), len(sides[1])
 
 

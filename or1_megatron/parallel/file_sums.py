@@ -64,6 +64,12 @@ def published(path: Path) -> Iterator[Path]:
     sync(path.parent)
 
 
+def publish_text(path: Path, text: str) -> None:
+    """The file with this text, see published."""
+    with published(path) as temporary:
+        temporary.write_text(text)
+
+
 def take_lock(file: IO) -> bool:
     """Whether nobody else has the lock of this open, writable file: no other process, and on file systems of several
     hosts (where the lock of a folder would hold on one host only) of no other host. True where there are no locks."""

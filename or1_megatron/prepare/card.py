@@ -10,7 +10,7 @@ import numpy as np
 
 from or1_megatron.data.prompts import ATTEMPTS
 from or1_megatron.errors import UserError
-from or1_megatron.parallel.file_sums import published
+from or1_megatron.parallel.file_sums import publish_text, published
 from or1_megatron.prepare import card_plots
 from or1_megatron.prepare.step import Row, Table
 from or1_megatron.prepare.summary import SourceSummary, StepCounts, Summary, overlaps, summarise
@@ -79,8 +79,7 @@ def write_card(
         *_samples(summary),
         _mark(key),
     ]
-    with published(path) as temporary:  # before the pictures: it is what they are known by
-        temporary.write_text("\n\n".join(sections))
+    publish_text(path, "\n\n".join(sections))  # before the pictures: it is what they are known by
     for name, file in files.items():
         with published(file) as temporary:
             temporary.write_bytes(pictures[name] or b"")

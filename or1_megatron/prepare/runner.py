@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from or1_megatron.errors import DISK_FULL, UserError
-from or1_megatron.parallel.file_sums import sync, take_lock
+from or1_megatron.parallel.file_sums import publish_text, sync, take_lock
 from or1_megatron.prepare.card import other_files, write_card
 from or1_megatron.prepare.execute import DROPS, ROWS, Execution, Outcome
 from or1_megatron.prepare.graph import order, step_key
@@ -162,9 +162,7 @@ def _open_cache(cache: Path) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     file = cache / _FORMAT_FILE
     if not file.exists():
-        temporary = file.with_suffix(f".{os.getpid()}")
-        temporary.write_text(json.dumps({"format": FORMAT}) + "\n")
-        temporary.rename(file)
+        publish_text(file, json.dumps({"format": FORMAT}) + "\n")
         return
     try:
         found = json.loads(file.read_text())["format"]

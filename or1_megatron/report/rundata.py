@@ -82,7 +82,7 @@ class RunData:
 def read_run(path: str | Path) -> RunData:
     """Raises UserError: no run folder, no step in it yet, or a damaged file."""
     folder = RunFolder.open(path)
-    rows = folder.read_metrics()
+    rows = folder.metrics.read()
     steps = [_with_others(row) for row in rows if "seconds/rollout" in row]
     if not steps:
         raise UserError(f"{path} has no finished step yet; a report needs one")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from or1_megatron.errors import UserError
-from or1_megatron.parallel.file_sums import published
+from or1_megatron.parallel.file_sums import publish_text
 from or1_megatron.report.advice import advice
 from or1_megatron.report.page import page
 from or1_megatron.report.rundata import RunData, read_run
@@ -47,8 +47,7 @@ def report(paths: Sequence[Path], out: Path | None) -> list[Path]:
     texts = {"report.html": page(runs), "report.json": json.dumps([summary(run) for run in runs]) + "\n"}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        with published(folder / name) as temporary:
-            temporary.write_text(text)
+        publish_text(folder / name, text)
     return [folder / name for name in texts]
 
 

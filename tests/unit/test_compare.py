@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from or1_megatron import compare
+from or1_megatron.convert import hf_to_megatron
 from or1_megatron.errors import RunFailure
-from tests.tiny_models import write_tiny_model
+from tests.tiny_models import copy_of, tensors_of, write_tiny_model
 
 Weights = dict[str, torch.Tensor]
 
@@ -91,3 +92,27 @@ def test_logits_may_differ_by_a_ten_thousandth_of_the_largest(
     )
     with pytest.raises(RunFailure, match="differ: the prompt's tokens"):
         compare.verify(a, b)
+
+
+def test_verify_sees_one_changed_bit(tmp_path: Path) -> None:
+    tiny = write_tiny_model(tmp_path / "tiny", "llama", tied=False)
+    other = copy_of(tiny, tmp_path / "other")
+    tensors = tensors_of(tiny)
+    tensors["model.layers.1.self_attn.k_proj.weight"].view(torch.int32)[3, 5] ^= 1
+    save_file(tensors, other / "model.safetensors")
+    hf_to_megatron(other, tmp_path / "megatron")
+    compare.verify(other, tmp_path / "megatron", logits=False)
+    with pytest.raises(RunFailure, match=r"tensors model.layers.1.self_attn.k_proj.weight \(max \|difference\|"):
+        compare.verify(tiny, tmp_path / "megatron", logits=False)
+
+
+def test_verify_sees_what_only_logits_tell(tmp_path: Path) -> None:
+    """The rotary base is no tensor."""
+    tiny = write_tiny_model(tmp_path / "tiny", "llama", tied=False)
+    hf_to_megatron(tiny, tmp_path / "megatron")
+    config = json.loads((tiny / "config.json").read_text())
+    assert config["rope_parameters"]["rope_theta"] == 10_000.0
+    config["rope_parameters"]["rope_theta"] = 5_000.0
+    (tmp_path / "megatron" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(RunFailure, match=r"differ: logits, max \|difference\|"):
+        compare.verify(tiny, tmp_path / "megatron", prompt="What is 3 + 4? I think it is")

@@ -36,13 +36,13 @@ def test_an_evaluation_is_written_down_once(tmp_path: Path, monkeypatch: pytest.
     with Display(4, "t") as display:
         for steps in ((0, 1, 2), (2, 3)):
             evaluator = Evaluator(config, nothing, nothing, [answer()[0].prompt], Spans(), folder)
-            evaluator.history = held_out(folder.read_metrics())
+            evaluator.history = held_out(folder.metrics.read())
             for step in steps:
                 evaluator.run_if_due(step, display)
         evaluator.run_if_due(4, display, last=True)
-    folder.close()
-    assert evaluator.history == held_out(folder.read_metrics()) == [(0, 1.0), (2, 1.0), (4, 1.0)]
-    assert [row["step"] for row in folder.read_metrics()] == [0, 2, 4]
+    folder.metrics.close()
+    assert evaluator.history == held_out(folder.metrics.read()) == [(0, 1.0), (2, 1.0), (4, 1.0)]
+    assert [row["step"] for row in folder.metrics.read()] == [0, 2, 4]
 
 
 def test_problems_are_answered_as_the_evaluation_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,10 +77,10 @@ def test_the_first_temperature_is_followed_and_all_are_noted(tmp_path: Path, mon
     with Display(4, "t") as display:
         evaluator.run_if_due(0, display)
         evaluator.run_if_due(4, display, last=True)
-    folder.close()
+    folder.metrics.close()
     assert evaluator.history == [(0, 0.0), (4, 1.0)]
     assert "accuracy 0.0% -> 100.0%" in evaluation_line("t", evaluator, 4, 1.0, folder.path)
-    first, last = folder.read_metrics()
+    first, last = folder.metrics.read()
     assert [first[f"eval/T{at}/avg@1"] for at in ("0.6", "1")] == [0.0, 1.0]
     assert [last[f"eval/T{at}/avg@1"] for at in ("0.6", "1")] == [1.0, 0.0]
     assert len(list(folder.evaluations.iterdir())) == 4, "a file of each temperature"

@@ -106,7 +106,7 @@ def write_run(root: Path, stage_of: dict[int, int] | None = None) -> Path:
         at += update
         events.append(span(0, "step", began, at - began))
         at += 1
-        run.log_metrics(step, {
+        run.metrics.log(step, {
             "seconds/step": 9.0, "seconds/rollout": rollout, "length/max": 31, "stage": stage,
             "seconds/others": 0.9, "seconds/sync": 0.5, "sgd_steps": 1,
             "seconds/update": update, "training_flops": flops, "groups/generated": 4 // slow,
@@ -131,14 +131,14 @@ def test_calibration_finds_the_machine(tmp_path: Path, capsys: pytest.CaptureFix
     by_step = events_by_step(trace)
     assert list(by_step) == [1, 2, 3, 4] and computing_seconds(by_step[2]) == pytest.approx(2e9 / RATE)
     machine: dict[str, Any] = {"num_ranks": 2, "num_engines": 1, "max_batched_tokens": 16}
-    found = calibrate(trace, run.read_metrics(), group_sizes=[2, 4], stages={1}, **machine)
+    found = calibrate(trace, run.metrics.read(), group_sizes=[2, 4], stages={1}, **machine)
     assert (found.fixed, found.per_response, found.start) == pytest.approx((FIXED, PER_RESPONSE, START), rel=1e-6)
     assert (found.flops_rate, found.optimizer_step_s) == pytest.approx((RATE, OPTIMIZER + REDUCTION), rel=1e-6)
     assert found.prompt_tokens == 10 and found.num_steps == 2
     assert (found.sync_s, found.rest_s) == pytest.approx((0.5, 0.4))
-    both = calibrate(trace, run.read_metrics(), group_sizes=[2, 4], **machine)
+    both = calibrate(trace, run.metrics.read(), group_sizes=[2, 4], **machine)
     assert both.num_steps == 3 and both.fixed > 1.1 * FIXED
-    sharing = [{**row, "packing/spared_tokens": 7.0} for row in run.read_metrics()]
+    sharing = [{**row, "packing/spared_tokens": 7.0} for row in run.metrics.read()]
     assert calibrate(trace, sharing, group_sizes=[2, 4], **machine).shares_prompts and not both.shares_prompts
 
 
@@ -286,7 +286,7 @@ def test_all_groups_may_be_kept():
 def test_responses_are_those_of_each_engine_and_tokens_those_of_each_pass(tmp_path: Path):
     run = RunFolder.open(write_run(tmp_path))
     trace = json.loads((run.path / "trace.json").read_text())
-    rows = [{**row, "tokens": 2 * row["tokens"]} if "tokens" in row else row for row in run.read_metrics()]
+    rows = [{**row, "tokens": 2 * row["tokens"]} if "tokens" in row else row for row in run.metrics.read()]
     machine: dict[str, Any] = {"num_ranks": 2, "max_batched_tokens": 16, "num_reuse": 2, "num_engines": 2}
     found = calibrate(trace, rows, group_sizes=[2], **machine)
     assert found.prompt_tokens == 10

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import threading
 from pathlib import Path
 
 import pyarrow
@@ -12,8 +9,7 @@ import pytest
 from pyarrow import parquet
 
 from or1_megatron.errors import UserError
-from or1_megatron.runfiles import driver_of, read_columns, read_metrics, read_rows, read_trace
-from or1_megatron.runfolder import RunFolder
+from or1_megatron.runfiles import read_columns, read_metrics, read_rows, read_trace
 
 
 def test_metrics_end_with_what_is_whole(tmp_path: Path):
@@ -50,27 +46,3 @@ def test_parquet_that_was_cut(tmp_path: Path):
         ) as said:
             read(file)
         assert "\n" not in str(said.value)
-
-
-def test_who_drives_is_asked_without_taking_the_lock(tmp_path: Path):
-    assert driver_of(tmp_path) is None
-    lock = tmp_path / "driver.lock"
-    lock.write_text(json.dumps(["node3", 5, "71"]))
-    assert driver_of(tmp_path) is None, "what is left of one that has ended"
-    with lock.open() as file:
-        fcntl.flock(file, fcntl.LOCK_SH)
-        assert driver_of(tmp_path) is None, "another that asks"
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert str(driver_of(tmp_path)) == "process 5 on node3 of job 71"
-
-
-def test_a_driver_that_begins_while_one_asks_is_not_refused(tmp_path: Path):
-    """The lock names this host's driver of before, as after any stop and resume."""
-    run = RunFolder(tmp_path, None)  # type: ignore[arg-type]
-    with run.driven():
-        pass
-    with (tmp_path / "driver.lock").open() as asking:
-        fcntl.flock(asking, fcntl.LOCK_SH)
-        threading.Timer(0.05, fcntl.flock, (asking, fcntl.LOCK_UN)).start()
-        with run.driven():
-            pass

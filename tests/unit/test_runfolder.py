@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import subprocess
 import sys
-import time
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet
@@ -18,7 +14,6 @@ import pytest
 
 from or1_megatron.config import Config
 from or1_megatron.errors import UserError
-from or1_megatron.parallel.file_sums import take_lock
 from or1_megatron.recipe import load
 from or1_megatron.runfolder import RunFolder, git_state
 from or1_megatron.types import Group, Prompt, Sample
@@ -115,52 +110,7 @@ def test_open_wants_a_run_folder(tmp_path: Path):
 def test_overrides_of_a_resumed_run_can_be_kept(tmp_path: Path):
     run = RunFolder.create(make_config(tmp_path, "steps=3"))
     run.save_config(load(run.path / "config.yaml", ["steps=5"]))
-    assert RunFolder.open(run.path).config.steps == 5
-
-
-def test_metrics_are_one_valid_json_line_a_step(tmp_path: Path):
-    run = RunFolder.create(make_config(tmp_path))
-    run.log_metrics(1, {"reward/mean": 0.5, "loss": math.nan, "grad_norm": math.inf, "groups/kept": 4, "note": "x"})
-    run.log_metrics(2, {"step": 2, "reward/mean": 0.75})
-    run.close()
-    lines = (run.path / "metrics.jsonl").read_text().splitlines()
-    strict = [json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON")) for line in lines]
-    assert strict[0] == {
-        "step": 1, "reward/mean": 0.5, "loss": None, "grad_norm": None, "groups/kept": 4, "note": "x",
-    }  # fmt: skip
-    assert strict[1] == {"step": 2, "reward/mean": 0.75}
-    assert run.read_metrics() == strict
-
-
-def test_tensorboard_holds_the_same_numbers_and_forgets_with_rewind(tmp_path: Path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    run = RunFolder.create(make_config(tmp_path))
-    for step in (1, 2, 3):
-        run.log_metrics(step, {"reward/mean": step / 10})
-    run.close()
-    run = RunFolder.open(run.path)
-    run.rewind(1)
-    run.log_metrics(2, {"reward/mean": 0.9})
-    run.close()
-    events = EventAccumulator(str(run.path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, round(event.value, 3)) for event in events.Scalars("reward/mean")] == [(1, 0.1), (2, 0.9)]
-
-
-def test_rewind_drops_later_steps_and_a_torn_line(tmp_path: Path):
-    run = RunFolder.create(make_config(tmp_path))
-    for step in (1, 2, 3):
-        run.log_metrics(step, {"reward/mean": step / 10})
-    run.close()
-    with (run.path / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "rew')
-    run = RunFolder.open(run.path)
-    run.rewind(2)
-    assert [metrics["step"] for metrics in run.read_metrics()] == [1, 2]
-    run.log_metrics(3, {})
-    run.close()
-    assert [metrics["step"] for metrics in run.read_metrics()] == [1, 2, 3]
+    assert RunFolder.open(run.path).config.steps == run.metrics.config.steps == 5
 
 
 def test_rollouts_hold_every_response(tmp_path: Path):
@@ -214,103 +164,6 @@ def test_git_state_of_a_checkout_and_outside_of_one(tmp_path: Path):
     assert state and state["dirty"]
 
 
-def test_metrics_also_go_to_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="the extra `wandb` is not installed")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    folder = RunFolder.create(make_config(tmp_path, f"run_dir={tmp_path / 'run'}", "wandb=p"))
-    folder.log_metrics(1, {"reward/mean": 0.5})
-    folder.close()
-    (file,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"reward/mean" in file.read_bytes()
-
-
-class Board:
-    """Stands in for the package wandb, of whose runs it keeps the settings and what is logged."""
-
-    def __init__(self) -> None:
-        self.ids: list[str] = []
-        self.logged: list[dict] = []
-        self.metrics: list[tuple] = []
-
-    def init(self, **settings: Any) -> Board:
-        assert settings["resume"] == "allow" and settings["project"] == "p"
-        self.ids.append(settings["id"])
-        return self
-
-    def define_metric(self, name: str, step_metric: str) -> None:
-        self.metrics.append((name, step_metric))
-
-    def log(self, metrics: dict) -> None:
-        self.logged.append(metrics)
-
-    def finish(self) -> None:
-        pass
-
-
-def test_wandb_keeps_what_a_resumed_run_does_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    board = Board()
-    monkeypatch.setitem(sys.modules, "wandb", board)
-    for name in ("a", "b"):
-        folder = RunFolder.create(make_config(tmp_path, f"run_dir={tmp_path / name / 'run'}", "wandb=p"))
-        for step in (1, 2, 3):
-            folder.log_metrics(step, {"x": step})
-        folder.close()
-        again = RunFolder.open(folder.path)
-        again.rewind(1)
-        again.log_metrics(2, {"x": 2})
-        again.close()
-    assert board.ids[0] == board.ids[1] != board.ids[2] == board.ids[3], "one run of W&B for each folder"
-    assert [line["step"] for line in board.logged] == [1, 2, 3, 2] * 2 and set(board.metrics) == {("*", "step")}
-
-
-HOLD = """
-import sys
-from or1_megatron.runfolder import RunFolder
-
-with RunFolder.open(sys.argv[1]).driven():
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_one_driver_at_a_time(tmp_path: Path):
-    run = RunFolder.create(make_config(tmp_path))
-    command = [sys.executable, "-c", HOLD, str(run.path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
-        assert other.stdout and other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=rf"belongs to process {other.pid} on .*; wait for its end, or remove "):
-            run.driven().__enter__()
-        other.kill()
-    with run.driven():
-        assert json.loads((run.path / "driver.lock").read_text())[1] == os.getpid()
-
-
-@pytest.mark.parametrize("job", ["71", "72"])
-@pytest.mark.parametrize("forgets", [True, False])
-def test_a_driver_of_another_host_is_waited_for(
-    job: str, forgets: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-):
-    """What its node left locked the file server forgets at some time; one of the same job is dead if it does not."""
-    run = RunFolder.create(make_config(tmp_path))
-    with ExitStack() as stack, monkeypatch.context() as there:
-        there.setenv("SLURM_JOB_ID", "71")
-        there.setattr("platform.node", lambda: "node3")
-        stack.enter_context(run.driven())
-        there.undo()
-        monkeypatch.setattr("or1_megatron.runfolder._LEAVE_S", 0.1)
-        wait = time.sleep
-        monkeypatch.setattr("or1_megatron.runfolder.time.sleep", lambda _: stack.close() if forgets else wait(0.2))
-        monkeypatch.setenv("SLURM_JOB_ID", job)
-        if not forgets and job == "72":
-            with pytest.raises(UserError, match="belongs to process .* on node3 of job 71"):
-                run.driven().__enter__()
-        else:
-            with run.driven(), (run.path / "driver.lock").open("a+") as file:
-                assert not take_lock(file), "by this one, or still by the dead node"
-                assert json.loads((run.path / "driver.lock").read_text())[2] == job
-    assert "waiting for process" in (said := capsys.readouterr().err) and "on node3 of job 71" in said
-
-
 def test_the_history_is_that_of_the_verdicts_from_the_first_step_to_the_last(tmp_path: Path):
     run = RunFolder.create(make_config(tmp_path))
     groups = make_groups()
@@ -343,17 +196,3 @@ def test_folders_of_one_second_are_numbered(tmp_path: Path, monkeypatch: pytest.
 def test_a_folder_may_hold_what_slurm_was_given(tmp_path: Path):
     (tmp_path / "mine" / "slurm").mkdir(parents=True)
     assert RunFolder.create(make_config(tmp_path, f"run_dir={tmp_path / 'mine'}")).path == tmp_path / "mine"
-
-
-def test_outside_of_slurm_a_driver_of_another_host_is_never_taken_for_dead(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
-    monkeypatch.setattr("or1_megatron.runfolder._LEAVE_S", -1.0)
-    run = RunFolder.create(make_config(tmp_path))
-    with ExitStack() as stack, monkeypatch.context() as there:
-        there.setattr("platform.node", lambda: "node3")
-        stack.enter_context(run.driven())
-        there.undo()
-        with pytest.raises(UserError, match="belongs to process .* on node3"):
-            stack.enter_context(run.driven())

@@ -123,7 +123,10 @@ def test_who_runs_it_and_how_it_goes_on(run: Path, monkeypatch: pytest.MonkeyPat
         assert "about 3 minutes to go" in "\n".join(status_lines(run))
     assert state(run) == again and "to go" not in "\n".join(status_lines(run))
     with (run / "metrics.jsonl").open("w") as file:
-        file.write('{"step": 10, "seconds/step": 30.0}\n')
+        file.write('{"step": 10, "seconds/step": 30.0, "seconds/sync": 1.0}\n{"step": 10, "eval/length": 2.0}\n')
+    assert state(run) == again, "its last evaluation was cut off"
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 10, "seconds/evaluation": 9.0, "seconds/sync": 1.0}\n')
     assert state(run) == "state     complete"
     (run / "metrics.jsonl").unlink()
     shutil.rmtree(run / "checkpoints")

@@ -11,20 +11,9 @@ import pytest
 from or1_megatron import cli, peers, verify
 from or1_megatron.reward.named import NAMED
 from or1_megatron.sections import RewardConfig
+from tests.unit.judged_rows import ROWS, write
 
-ROWS = [
-    {"response": "<think>9</think>\\boxed{8}", "ground_truth": "8", "correct": True, "difficulty": 0},
-    {"response": "\\boxed{7}", "ground_truth": ["8", "9"], "correct": False, "difficulty": 3},
-    {"response": "\\boxed{\\frac{2}{4}}", "reward_model": {"ground_truth": "0.5"}, "correct": True, "difficulty": 3},
-    {"response": "none", "ground_truth": 8, "correct": False, "difficulty": 3},
-    {"response": "\\boxed{1\\text{ m}}", "ground_truth": "1\\text{ km}", "correct": False, "difficulty": 8},
-]
 CODE = {"response": "```python\nprint(1)\n```", "ground_truth": '{"inputs": [""], "outputs": ["1"]}'}
-
-
-def write(path: Path, rows: list[dict]) -> str:
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return str(path)
 
 
 def test_scores_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

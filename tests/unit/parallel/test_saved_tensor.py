@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import pickle
@@ -105,3 +106,16 @@ def test_numbers_that_are_packed_or_too_few_are_refused(compression: int, fewer:
     content = buffer.getvalue()
     with pytest.raises(zipfile.BadZipFile, match="does not hold 100 numbers"):
         map_tensor(map_of(tmp_path / "file", content), 0, len(content))
+
+
+def test_failed_write_is_told_as_such() -> None:
+    """torch.save by itself complains about the position in the file instead."""
+
+    class FullDisk(io.BytesIO):
+        def write(self, data, /) -> int:
+            if self.tell() > 500:
+                raise OSError(errno.ENOSPC, "No space left")
+            return super().write(data)
+
+    with pytest.raises(OSError, match="No space left"):
+        save_tensor(torch.ones(1000), FullDisk())  # pyright: ignore[reportArgumentType]

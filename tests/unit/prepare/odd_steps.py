@@ -14,6 +14,9 @@ from or1_megatron.prepare import pool
 from or1_megatron.prepare.catalog import CATALOG
 from or1_megatron.prepare.step import Context, Drop, JudgeRow, Row, RowStep, Step, Table, TableStep, option
 
+ROOT = Path(__file__).resolve().parents[3]
+NUM_ROWS = 3000
+
 
 @dataclass(frozen=True)
 class SlowOptions:
@@ -78,6 +81,26 @@ def write_rows(path: Path, num_rows: int) -> None:
         for i in range(num_rows):
             row = {"uid": f"s/{i}", "source": "s", "ability": "math", "problem": f"{'x' * (i % 90)} {i}?"}
             file.write(json.dumps({**row, "answer": str(i), "info": json.dumps({"index": i})}) + "\n")
+
+
+def write_recipe(root: Path) -> Path:
+    """A recipe, whose source has NUM_ROWS rows, for a cache and a training file below `root`."""
+    write_rows(root / "rows.jsonl", NUM_ROWS)
+    path = root / "recipe.yaml"
+    path.write_text(
+        f"data: {root}\ncache: {root / 'cache'}\nworkers: 1\nsteps:\n"
+        "  all: {do: rows, files: ['${data}/rows.jsonl']}\n"
+        "  slow: {do: slow}\n"
+        "  some: {do: sample, rows: 2400}\n"
+        "  threes: {do: slow_table}\n"
+        f"write: {{path: {root / 'out' / 'train.parquet'}}}\n"
+    )
+    return path
+
+
+def outcome(folder: Path) -> dict[str, bytes]:
+    """Bytes of every table of a cache, by the step's folder, and of the written files."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
 
 
 if __name__ == "__main__":

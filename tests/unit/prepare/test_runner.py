@@ -1,62 +1,25 @@
-"""Whole pipelines: the same bytes for any number of workers and after a kill, the cache, and what a disk may refuse."""
+"""Whole pipelines: the same bytes for any number of workers, what is counted, and when a step is run again."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import resource
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
-import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from or1_megatron import cli
 from or1_megatron.errors import UserError
-from or1_megatron.prepare import tables
 from or1_megatron.prepare.catalog import CATALOG
 from or1_megatron.prepare.pool import LOST
 from or1_megatron.prepare.recipe import load
 from or1_megatron.prepare.runner import Report, prepare
-from or1_megatron.prepare.tables import BATCH_ROWS
 from tests.unit.prepare import odd_steps
-
-ROOT = Path(__file__).resolve().parents[3]
-NUM_ROWS = 3000
-
-
-@pytest.fixture(autouse=True)
-def odd(monkeypatch: pytest.MonkeyPatch) -> None:
-    for step in odd_steps.STEPS:
-        monkeypatch.setitem(CATALOG, step.name, step)
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Path:
-    odd_steps.write_rows(tmp_path / "rows.jsonl", NUM_ROWS)
-    path = tmp_path / "recipe.yaml"
-    path.write_text(
-        f"data: {tmp_path}\ncache: {tmp_path / 'cache'}\nworkers: 1\nsteps:\n"
-        "  all: {do: rows, files: ['${data}/rows.jsonl']}\n"
-        "  slow: {do: slow}\n"
-        "  some: {do: sample, rows: 2400}\n"
-        "  threes: {do: slow_table}\n"
-        f"write: {{path: {tmp_path / 'out' / 'train.parquet'}}}\n"
-    )
-    return path
-
-
-def outcome(folder: Path) -> dict[str, bytes]:
-    """Bytes of every table of a cache, by the step's folder, and of the written files."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*.parquet"))}
+from tests.unit.prepare.odd_steps import NUM_ROWS, ROOT, outcome
 
 
 def by_name(reports: list[Report]) -> dict[str, Report]:
@@ -125,78 +88,6 @@ def test_a_card_replaces_itself_only(recipe: Path, tmp_path: Path, capsys: pytes
     other = [str(recipe), "--card", "seed=1"]
     assert cli.main(["prepare", *other]) == 2
     assert cli.main(["prepare", *other, "--overwrite"]) == 0
-
-
-def test_row_groups_are_the_same_however_rows_come_in(tmp_path: Path):
-    rows = [dict.fromkeys(tables.SCHEMA.names, "") | {"uid": str(i), "problem": "y" * (i % 7)} for i in range(5000)]
-    whole = tables.table_of(rows)
-    for name, portion in (("a", 5000), ("b", 77)):
-        with tables.TableWriter(tmp_path / name, tables.SCHEMA) as file:
-            for begin in range(0, len(rows), portion):
-                file.write(whole.slice(begin, portion))
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    table = tables.StoredTable(tmp_path / "a")
-    assert [group.num_rows for group in table.groups()] == [2048, 2048, 904]
-    assert [row for batch in table.batches() for row in batch] == rows
-
-
-def test_a_torn_journal_keeps_what_is_whole(tmp_path: Path):
-    with tables.Journal(tmp_path / "j") as journal:
-        for number in (2, 0, 1):
-            journal.append(number, bytes([number]) * 100)
-    whole = (tmp_path / "j").read_bytes()
-    for cut in (1, 99, 105, 119):  # within the last frame's payload and header
-        (tmp_path / "j").write_bytes(whole[:-cut])
-        with tables.Journal(tmp_path / "j") as journal:
-            assert [number in journal for number in (2, 0, 1)] == [True, True, False]
-            journal.append(1, b"again")
-            assert (journal[0], journal[1], journal[2]) == (b"\0" * 100, b"again", b"\2" * 100)
-    (tmp_path / "j").write_bytes(whole[:150] + b"!" + whole[151:])
-    with tables.Journal(tmp_path / "j") as journal:
-        assert 2 in journal and 0 not in journal and 1 not in journal
-
-
-def killed_when(words: list[str], there: Path, least: int) -> bool:
-    """Runs the pipeline and kills it once the file or folder `there` has so many bytes; False: it ended before."""
-    command = [sys.executable, "-m", "tests.unit.prepare.odd_steps", *words]
-    process = psutil.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None:
-        assert time.monotonic() < deadline
-        size = there.stat().st_size if there.exists() else -1
-        if size >= least:
-            children = process.children(recursive=True)
-            process.kill()
-            process.wait()
-            gone, alive = psutil.wait_procs(children, timeout=60)
-            assert not alive, "workers outlive their parent"
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(recipe: Path, tmp_path: Path):
-    log, cache = tmp_path / "judged", tmp_path / "cache"
-    prepare(load(recipe, [f"cache={tmp_path / 'whole'}", f"write.path={tmp_path / 'o' / 'train.parquet'}"]))
-    slow = f"{{do: slow, seconds: 0.001, log: {log}}}"
-    recipe.write_text(recipe.read_text().replace("{do: slow}", slow).replace("slow_table", "slow_table, seconds: 0.2"))
-    words = [str(recipe), "workers=2"]
-    slow_key = next(path.name for path in (tmp_path / "whole").glob("slow-*"))
-    table_key = next(path.name for path in (tmp_path / "whole").glob("slow_table-*"))
-    journal = cache / f".{slow_key}.partial" / "batches"
-    kills = [(journal, 1), (journal, 150_000), (cache / f".{table_key}.partial" / "scratch", 0)]
-    assert [killed_when(words, there, least) for there, least in kills] == [True] * 3
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "out").mkdir()
-    left = tmp_path / "out" / ".train.parquet.1.tmp"
-    left.touch()  # as of a process killed while it wrote
-    assert not killed_when(words, tmp_path / "never", 0)
-    assert outcome(cache) == outcome(tmp_path / "whole")
-    assert outcome(tmp_path / "out") == outcome(tmp_path / "o")
-    assert not left.exists() and not list(cache.glob(".*"))
-    judged = log.read_text().split()
-    assert set(judged) == {f"s/{i}" for i in range(NUM_ROWS)}
-    assert len(judged) <= NUM_ROWS + 2 * 2 * BATCH_ROWS  # what was in work at each of two kills, and no more
 
 
 def test_a_step_is_run_again_when_what_it_depends_on_changes(recipe: Path, tmp_path: Path, monkeypatch):
@@ -273,58 +164,6 @@ def test_what_the_machine_lacks_is_said_before_a_step_is_run(recipe: Path, tmp_p
     assert not (tmp_path / "cache").exists()
 
 
-@contextmanager
-def file_size_limit(num_bytes: int) -> Iterator[None]:
-    """To this process, and to those that it starts, the disk is full when a file has so many bytes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.parametrize(
-    ("limit", "done", "last"), [(9_000, 0, "all"), (60_000, 1, "threes")], ids=["table", "journal"]
-)
-def test_a_full_disk_leaves_nothing_half_written(recipe: Path, tmp_path: Path, capsys, limit, done: int, last: str):
-    recipe.write_text(recipe.read_text().replace("write: {", f"write: {{from: {last}, "))
-    with file_size_limit(limit):
-        assert cli.main(["prepare", str(recipe), "workers=2"]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("or1: error: step ") and "the disk is full at" in error and "run the same again" in error
-    assert not (tmp_path / "out").exists()
-    assert len([path for path in (tmp_path / "cache").glob("*-*") if not path.name.startswith(".")]) == done
-    assert not list((tmp_path / "cache").glob(".*/out"))
-    assert cli.main(["prepare", str(recipe)]) == 0
-    prepare(load(recipe, [f"cache={tmp_path / 'c2'}", f"write.path={tmp_path / 'o2' / 'train.parquet'}"]))
-    assert outcome(tmp_path / "out") == outcome(tmp_path / "o2")
-
-
-@pytest.mark.parametrize(
-    ("key", "message"), [("cache={}/cache", "Permission denied"), ("write.path={}/x.parquet", "may not write there")]
-)
-def test_a_folder_that_may_not_be_written_is_one_line(recipe: Path, tmp_path: Path, capsys, key: str, message: str):
-    prepare(load(recipe, ["write.from=all"]))  # imports all that it takes while they may be read
-    capsys.readouterr()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        folder.chmod(0o555)
-        user = os.geteuid()
-        try:
-            if user == 0:
-                tmp_path.chmod(0o755)
-                for parent in tmp_path.parents:
-                    if parent.owner() == "root" and "pytest" in str(parent):
-                        parent.chmod(0o755)
-                os.seteuid(65534)
-            code = cli.main(["prepare", str(recipe), "write.from=all", key.format(folder)])
-        finally:
-            os.seteuid(user)
-        error = capsys.readouterr().err
-        assert code == 2 and error.count("\n") == 1 and message in error and str(folder) in error
-
-
 def test_a_cache_of_another_format_is_refused(recipe: Path, tmp_path: Path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "format.json").write_text('{"format": 99}')
@@ -362,9 +201,3 @@ def test_a_step_may_not_lose_rows(recipe: Path, monkeypatch):
     recipe.write_text(recipe.read_text().replace("{do: slow_table}", "{do: slow_table, from: all}"))
     with pytest.raises(AssertionError, match="step slow_table yields row None where the table has s/0"):
         prepare(load(recipe))
-
-
-def test_text_that_cannot_be_stored_is_named():
-    with pytest.raises(UserError, match="row 'a': problem='.ud800' is not storable text"):
-        tables.table_of([{"uid": "a", "problem": "\ud800"}])
-    assert tables.table_of([]).schema == tables.SCHEMA and isinstance(tables.table_of([]), pa.Table)

@@ -35,7 +35,7 @@ def make_run(root: Path, name: str, steps: int = 6, rollout_s: float = 7.0, word
     (root / "recipe.yaml").write_text("steps: 6\n")
     run = RunFolder.create(load(root / "recipe.yaml", words))
     for step in range(1, steps + 1):
-        run.log_metrics(step, {
+        run.metrics.log(step, {
             "stage": 1 + (step > 2),
             "reward/mean": step / 10, "entropy/signal": 0.5 - step / 20, "entropy/c": 0.01, "entropy/alpha": 0.0,
             "length/mean": 100 + step, "length/max": 400, "truncated": 0.2, "clip_fraction": 0.01 * step,
@@ -68,7 +68,7 @@ def make_run(root: Path, name: str, steps: int = 6, rollout_s: float = 7.0, word
         "rank0": Record([Span("idle", 0, 8 * SECOND, 0), Span("update", 8 * SECOND, 10 * SECOND, 0)], [], 0),
     }
     run.write("trace.json", trace_text(records, {}))
-    run.close()
+    run.metrics.close()
     return run.path
 
 
@@ -126,12 +126,12 @@ def test_the_stages_that_ran_are_told(tmp_path: Path):
 
 def test_what_a_resume_took_back_is_not_shown_and_the_last_evaluation_counts(tmp_path: Path):
     folder = RunFolder.open(make_run(tmp_path, "resumed"))
-    folder.rewind(1)
-    folder.log_metrics(1, {"seconds/evaluation": 36.0, "seconds/sync": 1.0})
+    folder.metrics.rewind(1)
+    folder.metrics.log(1, {"seconds/evaluation": 36.0, "seconds/sync": 1.0})
     run = read_run(folder.path)
     assert len(run.lengths) == 8, "those of step 1 only"
     assert run.hours()["evaluation"] == pytest.approx(0.01)
-    folder.close()
+    folder.metrics.close()
 
 
 def test_with_an_overlap_nothing_is_said_of_the_tail(tmp_path: Path):
@@ -253,15 +253,15 @@ def test_lengths_are_of_the_newest_files_and_the_limit_of_responses_that_were_cu
     run = read_run(folder.path)
     assert len(run.lengths) == 2 * 8 and max(run.lengths) == 95
     assert run.limit == 95, "75 tokens is the longest response that ended by itself"
-    folder.close()
+    folder.metrics.close()
 
 
 def test_in_older_runs_checkpoints_were_no_part_of_a_step(tmp_path: Path):
     folder = RunFolder.open(make_run(tmp_path, "old", steps=0))
     seconds = {"step": 10.0, "rollout": 7.0, "update": 1.5, "evaluation": 0.5, "save": 4.0}
-    folder.log_metrics(1, {f"seconds/{name}": value for name, value in seconds.items()})
+    folder.metrics.log(1, {f"seconds/{name}": value for name, value in seconds.items()})
     assert read_run(folder.path).total("seconds/others") == 10 - 7 - 1.5 - 0.5 + 4
-    folder.close()
+    folder.metrics.close()
 
 
 def test_an_example_is_the_end_of_a_response():
