@@ -1,247 +1,104 @@
-"""MAGIC's choices at the quickstart's size: real training runs of SmolLM2-135M-Instruct, each question with a verdict.
+"""The paper's entropy claims, asked of a small taught model: real training runs, each question with a verdict.
 
-    python benchmarks/entropy_study.py [--quick] [--out DIR] [--json FILE] [--before "nice -n 19"]
+    python benchmarks/entropy_study.py [--quick] [--out DIR] [--json FILE] [--jobs N] [--before "nice -n 19"]
 
-Every variant is the quickstart recipe with a few keys changed, trained by `or1 train`, once per seed, one run after
-another. A run that is complete is not done again, so that a study goes on where it was stopped; one that is not is
-removed and begins anew. Checkpoints are removed when a run is complete. DIR then holds the run folders, one log per
-run, table.md, study.json and a picture per question.
-
-The rule of the verdicts: per seed, the difference of a measure between two variants is taken. A claim is `confirmed`
-when the difference has the claimed sign for every seed and its mean is larger than the spread, `refuted` when that is
-so for the other sign, and `undecided` otherwise. The spread is the largest difference between two seeds of one variant,
-over all variants. `late` is the mean over the last third of the steps. --quick: two variants, one seed, three steps;
-shows that the program works and decides nothing.
+The model is benchmarks/models/reasoner.py's, taught once per DIR. Every variant is entropy_study.yaml with the keys of
+entropy_claims.py changed, trained by `or1 train`, once per seed. A run that is complete is not done again, so that a
+study goes on where it was stopped; one that is not is removed and begins anew. Checkpoints are removed when a run is
+complete. DIR then holds the run folders, one log per run, table.md, study.json and a picture per question. --quick: two
+variants, one seed, three steps; shows that the program works and decides nothing.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shlex
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the repository's own programs: launch/ is not installed
 
-from benchmarks.harness import model_dtype  # noqa: E402
-from launch.fetch_model import fetch_smollm2  # noqa: E402
+from benchmarks.entropy_claims import (  # noqa: E402
+    FOUR,
+    ONE,
+    QUESTIONS,
+    VARIANTS,
+    Question,
+    Results,
+    Variant,
+    judge,
+    judge_target,
+    measures,
+)
+from benchmarks.models import reasoner  # noqa: E402
 from or1_megatron.config import Config  # noqa: E402
-from or1_megatron.data.tasks import write_addition_problems  # noqa: E402
 from or1_megatron.errors import RunFailure, UserError  # noqa: E402
 from or1_megatron.recipe import load  # noqa: E402
 from or1_megatron.report.picture import picture  # noqa: E402
 from or1_megatron.report.plots import Line, line_plot  # noqa: E402
 from or1_megatron.runfolder import RunFolder  # noqa: E402
 
-RECIPE = ROOT / "launch" / "recipes" / "quickstart.yaml"
-TARGET = 0.1  # nats per token: between a policy that has learned the sums (0.05) and one that has begun to (0.2)
-EQUAL_ENTROPY = 0.15  # at which rewards are compared
-NEAR = 0.25  # "holds the target": within this share of it
-SEEDS = (0, 1)
-SHARED = ("steps=14", "rollout.rollout_batch_size=8", "optimizer.lr=5e-5", "evaluation.num_samples=8")
-QUICK = ("steps=3", "rollout.rollout_batch_size=8", "rollout.group_size=2", "evaluation.num_samples=1")
-CONTROL = ("entropy.rule=paper", f"entropy.target={TARGET}", "entropy.delta=0.01")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Keys of the recipe that differ from the other variants'."""
-
-    name: str
-    overrides: tuple[str, ...]
-
-
-ONE = Variant("1 SGD step", ("entropy.rule=off",))
-FOUR = Variant("4 SGD steps", ("entropy.rule=off", "loss.mini_batch_size=2", "loss.old_log_probs=recompute"))
-ADAPTIVE = Variant("adaptive control", CONTROL)
-ALL_GROUPS = Variant("adaptive control, no rejection", (*CONTROL, "loss.rejection=false"))
-MASKED = Variant("mask before", ("entropy.rule=off", "loss.advantage_mask=before"))
-VARIANTS = (ONE, FOUR, ADAPTIVE, ALL_GROUPS, MASKED)
-
-
-@dataclass(frozen=True)
-class Measures:
-    """Of one run. Entropies (e_k) in nats per token, the rest shares; late: mean over the last third of the steps."""
-
-    entropy_start: float
-    entropy_min: float
-    entropy_mean: float
-    entropy_late: float
-    entropy_unrest: float  # standard deviation of the late ones
-    reward_late: float
-    reward_at_equal_entropy: float  # at the first step with an entropy below EQUAL_ENTROPY; NaN: there was none
-    truncated_late: float
-    held_out_before: float
-    held_out: float
-    alpha_late: float
-    alpha_max: float
-    idle_steps: int  # steps without an update: no group was informative
-    minutes: float
-
-
-@dataclass(frozen=True)
-class Claim:
-    """That a measure of variant `of` is below or above that of variant `than`; the paper's section in `text`."""
-
-    name: str
-    text: str
-    measure: str
-    of: Variant
-    relation: Literal["below", "above"]
-    than: Variant
-
-
-@dataclass(frozen=True)
-class Question:
-    title: str
-    metric: str  # drawn over the steps
-    variants: tuple[Variant, ...]
-    claims: tuple[Claim, ...]
-    file: str
-    level: float | None = None
-    percent: bool = False
-
-
-QUESTIONS = (
-    Question(
-        "Entropy by SGD steps per rollout, nats per token", "entropy/signal", (ONE, FOUR),
-        (
-            Claim("collapse", "4 SGD steps lower the entropy sooner (4.4): mean over all steps",
-                  "entropy_mean", FOUR, "below", ONE),
-            Claim("collapse_reward", f"and buy less with it: reward when the entropy first is below {EQUAL_ENTROPY}",
-                  "reward_at_equal_entropy", FOUR, "below", ONE),
-            Claim("collapse_held_out", "and end with a lower held-out accuracy", "held_out", FOUR, "below", ONE),
-        ), "sgd-steps.svg",
-    ),
-    Question(
-        "Entropy under adaptive control; dotted: target", "entropy/signal", (ONE, ADAPTIVE),
-        (
-            Claim("control", "control keeps the entropy up (3.2.5): late", "entropy_late", ADAPTIVE, "above", ONE),
-            Claim("control_held_out", "and the held-out accuracy ends higher", "held_out", ADAPTIVE, "above", ONE),
-        ), "control.svg", level=TARGET,
-    ),
-    Question(
-        "Entropy with and without rejection; dotted: target", "entropy/signal", (ADAPTIVE, ALL_GROUPS),
-        (
-            Claim("rejection", "without rejection the entropy loss weighs more (3.1): late entropy",
-                  "entropy_late", ALL_GROUPS, "above", ADAPTIVE),
-            Claim("rejection_unrest", "and training is less steady: deviation of the late entropies",
-                  "entropy_unrest", ALL_GROUPS, "above", ADAPTIVE),
-        ), "rejection.svg", level=TARGET,
-    ),
-    Question(
-        "Share of truncated responses with and without mask", "truncated", (ONE, MASKED),
-        (
-            Claim("mask", "with the mask more responses are truncated (3.2.3): late share",
-                  "truncated_late", MASKED, "above", ONE),
-            Claim("mask_reward", "and the training reward is lower: late", "reward_late", MASKED, "below", ONE),
-        ), "mask.svg", percent=True,
-    ),
-)  # fmt: skip
-
-Results = dict[str, dict[int, Measures]]  # variant's name -> seed -> measures
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """value: mean difference over the spread, positive in the claimed direction; NaN: cannot be said."""
-
-    name: str
-    text: str
-    outcome: Literal["confirmed", "refuted", "undecided"]
-    value: float
-
-
-def measures(rows: Sequence[dict[str, Any]]) -> Measures:
-    """From the lines of a complete run's metrics.jsonl."""
-    steps = [row for row in rows if "entropy/signal" in row]
-    late = steps[-max(1, len(steps) // 3) :]
-    entropies, late_entropies = ([row["entropy/signal"] for row in part] for part in (steps, late))
-    below = [row["reward/mean"] for row in steps if row["entropy/signal"] < EQUAL_ENTROPY]
-    held_out = [row[name] for row in rows for name in row if name.startswith("eval/avg@")]
-    return Measures(
-        entropy_start=entropies[0],
-        entropy_min=min(entropies),
-        entropy_mean=statistics.fmean(entropies),
-        entropy_late=statistics.fmean(late_entropies),
-        entropy_unrest=statistics.pstdev(late_entropies),
-        reward_late=statistics.fmean(row["reward/mean"] for row in late),
-        reward_at_equal_entropy=below[0] if below else math.nan,
-        truncated_late=statistics.fmean(row["truncated"] for row in late),
-        held_out_before=held_out[0],
-        held_out=held_out[-1],
-        alpha_late=statistics.fmean(row["entropy/alpha"] for row in late),
-        alpha_max=max(row["entropy/alpha"] for row in steps),
-        idle_steps=sum(not row["sgd_steps"] for row in steps),
-        minutes=sum(row.get("seconds/step", 0.0) for row in steps) / 60,
-    )
-
-
-def judge(claim: Claim, results: Results) -> Verdict:
-    """By the rule at the top of this file."""
-    of, than = results.get(claim.of.name, {}), results.get(claim.than.name, {})
-    sign = -1 if claim.relation == "below" else 1
-    gains = [
-        sign * (getattr(of[seed], claim.measure) - getattr(than[seed], claim.measure)) for seed in of.keys() & than
-    ]
-    if len(gains) < 2 or any(math.isnan(gain) for gain in gains):
-        return Verdict(claim.name, f"{claim.text}: takes two seeds that both show it", "undecided", math.nan)
-    values = [[getattr(run, claim.measure) for run in runs.values()] for runs in results.values()]
-    spread = max(max(v) - min(v) for v in values if not any(map(math.isnan, v)))
-    mean = statistics.fmean(gains)
-    outcome = "undecided"
-    if abs(mean) > spread and (min(gains) > 0 or max(gains) < 0):
-        outcome = "confirmed" if mean > 0 else "refuted"
-    sides = [statistics.fmean(getattr(run, claim.measure) for run in runs.values()) for runs in (of, than)]
-    told = f"{claim.of.name} {sides[0]:.3f}, {claim.than.name} {sides[1]:.3f}; spread {spread:.3f}"
-    return Verdict(claim.name, f"{claim.text}: {told}", outcome, mean / spread if spread else math.copysign(9, mean))
-
-
-def judge_target(results: Results) -> Verdict:
-    """Whether the late entropy of every seed is near the target."""
-    found = [run.entropy_late for run in results[ADAPTIVE.name].values()]
-    far = max(abs(value - TARGET) for value in found) / TARGET
-    told = ", ".join(f"{value:.3f}" for value in found)
-    text = f"control holds the target {TARGET} within {NEAR:.0%}: late entropies {told}"
-    return Verdict("target", text, "confirmed" if far <= NEAR else "refuted", NEAR / max(far, 1e-9))
+RECIPE = ROOT / "benchmarks" / "entropy_study.yaml"
+SEEDS = (0, 1, 2, 3, 4)
+LESSONS, QUICK_LESSONS = 500, 20
+QUICK = "steps=3", "rollout.group_size=2", "evaluation.num_samples=1"
 
 
 def table(results: Results) -> str:
-    """Markdown, a line per run."""
-    heads = "variant, seed, entropy at start, lowest, late, reward late, held out before, after, alpha late, largest, "
-    heads += "truncated late, steps without update, min"
-    lines = ["| " + heads.replace(", ", " | ") + " |", "|---" * 13 + "|"]
+    """Markdown, a line per variant: means over the seeds, and their standard deviations where there are several."""
+    columns = {
+        "entropy at start": "entropy_start",
+        "mean": "entropy_mean",
+        "late": "entropy_late",
+        "reward late": "reward_late",
+        "held out before": "held_out_before",
+        "after": "held_out",
+        "alpha late": "alpha_late",
+        "truncated late": "truncated_late",
+        "length late": "length_late",
+        "minutes": "minutes",
+    }
+    lines = ["| variant | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for name, runs in results.items():
-        for seed, run in runs.items():
-            cells = [f"{v:.3f}" for v in (run.entropy_start, run.entropy_min, run.entropy_late, run.reward_late)]
-            cells += [f"{v:.1%}" for v in (run.held_out_before, run.held_out)]
-            cells += [f"{run.alpha_late:.3f}", f"{run.alpha_max:.3f}", f"{run.truncated_late:.1%}"]
-            lines.append(" | ".join([f"| {name} | {seed}", *cells, str(run.idle_steps), f"{run.minutes:.1f} |"]))
+        cells = []
+        for measure in columns.values():
+            values = [float(getattr(run, measure)) for run in runs.values()]
+            spread = f" ({statistics.stdev(values):.3f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):.3f}{spread}")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 class Study:
     """The runs of one folder."""
 
-    def __init__(self, out: Path, model: Path, before: Sequence[str], *, quick: bool):
-        self.out, self._before, self.quick = out, before, quick
+    def __init__(self, out: Path, before: Sequence[str], jobs: int, *, quick: bool):
+        self.out, self._before, self._jobs, self.quick = out, before, jobs, quick
         self.variants = (ONE, FOUR) if quick else VARIANTS
         self.seeds = SEEDS[:1] if quick else SEEDS
-        out.mkdir(parents=True, exist_ok=True)
+        self._ended = threading.Event()
         files = out / "train.jsonl", out / "held_out.jsonl"
-        write_addition_problems(*files, seed=0)
-        inputs = (f"model.path={model}", f"data.train=[{files[0]}]", f"evaluation.files=[{files[1]}]")
-        self._shared = (*inputs, f"model.dtype={model_dtype()}", *(QUICK if quick else SHARED))
+        inputs = f"model.path={out / 'model'}", f"data.train=[{files[0]}]", f"evaluation.files=[{files[1]}]"
+        self._shared = (*inputs, *(QUICK if quick else ()))
+        out.mkdir(parents=True, exist_ok=True)
+        reasoner.write_problems(*files, seed=0)
+
+    def teach(self) -> None:
+        """The first model of all runs, unless it is there."""
+        if not (self.out / "model").is_dir():
+            begun = reasoner.teach(self.out / "model.part", steps=QUICK_LESSONS if self.quick else LESSONS)
+            begun.rename(self.out / "model")
 
     def folder(self, variant: Variant, seed: int) -> Path:
         return self.out / f"{variant.name.replace(',', '').replace(' ', '-')}-seed{seed}"
@@ -253,15 +110,29 @@ class Study:
     def run(self) -> None:
         """Every seed of every variant, the first seed of all first. Raises RunFailure, UserError."""
         plan = [(variant, seed) for seed in self.seeds for variant in self.variants]
-        for number, (variant, seed) in enumerate(plan, 1):
-            path, words = self.folder(variant, seed), self.words(variant, seed)
-            label = f"[{number}/{len(plan)}] {variant.name}, seed {seed}"
-            if complete(path, load(RECIPE, words)):
-                print(f"{label}: done before", flush=True)
-                continue
-            shutil.rmtree(path, ignore_errors=True)
+        with ThreadPoolExecutor(self._jobs) as pool:
+            tasks = [pool.submit(self._once, f"[{n}/{len(plan)}]", *one) for n, one in enumerate(plan, 1)]
+            try:
+                for task in tasks:
+                    task.result()
+            finally:
+                self._ended.set()  # after a failure: the runs that have begun come to their end, no other begins
+
+    def _once(self, number: str, variant: Variant, seed: int) -> None:
+        if self._ended.is_set():
+            return
+        path, words = self.folder(variant, seed), self.words(variant, seed)
+        label = f"{number} {variant.name}, seed {seed}"
+        if complete(path, load(RECIPE, words)):
+            print(f"{label}: done before", flush=True)
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        try:
             self._train(label, path, words)
-            shutil.rmtree(path / "checkpoints")
+        except BaseException:
+            self._ended.set()
+            raise
+        shutil.rmtree(path / "checkpoints")
 
     def _train(self, label: str, path: Path, words: list[str]) -> None:
         command = [*self._before, sys.executable, "-m", "or1_megatron", "train", str(RECIPE), *words]
@@ -287,13 +158,13 @@ class Study:
         return {one.name: {seed: measures(self.rows(one, seed)) for seed in self.seeds} for one in self.variants}
 
     def draw(self, question: Question) -> None:
-        """The question's metric over the steps, a colour per variant and a dash per seed, into its file."""
+        """The question's metric over the steps into its file, a line per variant: the mean over its seeds."""
         lines = []
         for colour, variant in enumerate(question.variants):
-            for dash, seed in enumerate(self.seeds):
-                rows = [row for row in self.rows(variant, seed) if question.metric in row]
-                points = [(row["step"], row[question.metric]) for row in rows]
-                lines.append(Line(f"{variant.name}, seed {seed}", points, colour, dash))
+            runs = [[row for row in self.rows(variant, seed) if question.metric in row] for seed in self.seeds]
+            steps = zip(*runs, strict=True)
+            points = [(rows[0]["step"], statistics.fmean(row[question.metric] for row in rows)) for rows in steps]
+            lines.append(Line(variant.name, points, colour))
         plot = line_plot(question.title, lines, percent=question.percent, zero=True, level=question.level)
         assert plot is not None
         entries = [(line.label, line.colour, line.dash) for line in lines]
@@ -312,16 +183,19 @@ def complete(path: Path, config: Config) -> bool:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="MAGIC's choices at the quickstart's size, each with a verdict.")
+    parser = argparse.ArgumentParser(
+        description="The paper's entropy claims, asked of a small model, each with a verdict."
+    )
     parser.add_argument("--quick", action="store_true", help="two variants, one seed, three steps: that it works")
     parser.add_argument("--out", metavar="DIR", type=Path, help="default runs/entropy-study, with -quick appended")
     parser.add_argument("--json", metavar="FILE", type=Path, help="also write measures and verdicts here")
+    parser.add_argument("--jobs", metavar="N", type=int, default=2, help="runs at a time; default %(default)s")
     parser.add_argument("--before", metavar="WORDS", default="", help="put before each run's command: nice -n 19")
     options = parser.parse_args(arguments)
     out = options.out or Path("runs") / ("entropy-study-quick" if options.quick else "entropy-study")
     try:
-        model = fetch_smollm2(ROOT / ".cache" / "models")
-        study = Study(out.resolve(), model, shlex.split(options.before), quick=options.quick)
+        study = Study(out.resolve(), shlex.split(options.before), options.jobs, quick=options.quick)
+        study.teach()
         study.run()
     except (UserError, RunFailure) as error:
         print(f"error: {error}", file=sys.stderr)
