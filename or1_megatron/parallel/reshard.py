@@ -63,10 +63,6 @@ class Transfer:
     target_start: Pair
     size: Pair
 
-    @property
-    def num_elements(self) -> int:
-        return prod(self.size)
-
 
 def actor_layout(architecture: Architecture, *, tp: int, pp: int, fused_norms: bool = False) -> Layout:
     """Every Megatron rank's parameters. Raises UserError when tp or pp does not divide the model."""
