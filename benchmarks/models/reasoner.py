@@ -100,14 +100,7 @@ def teach(directory: Path, steps: int, seed: int = 0, batch: int = 64, lr: float
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     started = time.monotonic()
     for step in range(1, steps + 1):
-        tokens, labels = [], []
-        for _ in range(batch):
-            problem = draw(generator)
-            asked = encode(prompt(problem))["input_ids"]
-            told = [*encode(demonstration(problem, generator))["input_ids"], EOS]
-            room = max(0, CONTEXT - len(asked) - len(told))
-            tokens.append((asked + told + [PAD] * room)[:CONTEXT])
-            labels.append(([-100] * len(asked) + told + [-100] * room)[:CONTEXT])
+        tokens, labels = zip(*(_lesson(generator, encode) for _ in range(batch)), strict=True)
         loss = model(input_ids=torch.tensor(tokens), labels=torch.tensor(labels)).loss
         optimizer.zero_grad()
         loss.backward()
@@ -119,3 +112,12 @@ def teach(directory: Path, steps: int, seed: int = 0, batch: int = 64, lr: float
     model.save_pretrained(directory)
     encode.save_pretrained(directory)
     return directory
+
+
+def _lesson(generator: random.Random, encode: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """CONTEXT tokens and what is to be learned at each of them: the demonstration and its end, as far as they fit."""
+    problem = draw(generator)
+    asked = encode(prompt(problem))["input_ids"]
+    told = [*encode(demonstration(problem, generator))["input_ids"], EOS]
+    room = max(0, CONTEXT - len(asked) - len(told))
+    return (asked + told + [PAD] * room)[:CONTEXT], ([-100] * len(asked) + told + [-100] * room)[:CONTEXT]
