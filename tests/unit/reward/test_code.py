@@ -242,8 +242,8 @@ def test_verdict(service: RewardService, code: str, tests: object, verdict: str)
 
 
 def test_tested_code_may_have_more_memory_than_a_worker() -> None:
-    with RewardService(RewardConfig(num_workers=1, memory_mb=2048, code_memory_mb=3072)) as service:
-        assert check(service, "a = bytearray(2200 << 20)\nprint(2 * int(input()))", DOUBLE).name == "correct"
+    with RewardService(RewardConfig(num_workers=1, memory_mb=512, code_memory_mb=1024)) as service:
+        assert check(service, "a = bytearray(600 << 20)\nprint(2 * int(input()))", DOUBLE).name == "correct"
 
 
 def test_same_order_of_a_set_every_time(service: RewardService) -> None:

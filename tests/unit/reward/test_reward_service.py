@@ -71,16 +71,18 @@ def right(count: int) -> list[str]:
 
 
 @contextmanager
-def killing(pids: Callable[[], list[int]], pause_s: float) -> Iterator[list[int]]:
-    """kill -9 of one of `pids` at a time until the block ends; yields the victims."""
+def killing(pids: Callable[[], list[int]], pause_s: float, due: Callable[[int], bool]) -> Iterator[list[int]]:
+    """kill -9 of one of `pids` at a time until the block ends, when it is `due`; yields the victims. By the clock alone
+    a busy machine could be slower in starting processes than this is in killing them."""
     stop, victims, source = threading.Event(), [], random.Random(0)
 
     def keep_killing() -> None:
         while not stop.wait(pause_s * source.uniform(0.5, 1.5)):
-            with contextlib.suppress(ProcessLookupError, IndexError):
+            with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError, IndexError):
                 victim = source.choice(pids())
-                os.kill(victim, signal.SIGKILL)
-                victims.append(victim)
+                if due(victim):
+                    os.kill(victim, signal.SIGKILL)
+                    victims.append(victim)
 
     thread = threading.Thread(target=keep_killing)
     thread.start()
@@ -145,7 +147,16 @@ def test_random_kills_lose_and_double_nothing(tmp_path: Path) -> None:
     """Workers are killed all the time, and twice the template with all of them."""
     with running(tmp_path, max_queued=10_000) as service:
         calls: list[int] = []
-        with killing(lambda: service.pids[:-1], 0.05) as victims:
+        wanted = 0
+
+        def twenty_more(_: int) -> bool:
+            nonlocal wanted
+            if len(calls) < wanted:
+                return False
+            wanted = len(calls) + 20
+            return True
+
+        with killing(lambda: service.pids[:-1], 0.05, twenty_more) as victims:
             futures = checks(service, 10_000)
             for index, future in enumerate(futures):
                 future.add_done_callback(lambda _, index=index: calls.append(index))
@@ -161,8 +172,11 @@ def test_random_kills_lose_and_double_nothing(tmp_path: Path) -> None:
 
 
 def test_repeated_death_is_an_infrastructure_error_not_a_zero(tmp_path: Path) -> None:
+    def computing(pid: int) -> bool:
+        return psutil.Process(pid).cpu_times().user > 0.1
+
     with running(tmp_path, num_workers=1, timeout_s=60.0) as service:
-        with killing(lambda: service.pids[:1], 0.3):
+        with killing(lambda: service.pids[:1], 0.3, computing):
             verdict = service.submit(Task(TOWER, ("7",))).result(60)
         assert verdict.name == "infrastructure_error" and "signal 9" in verdict.detail
         with pytest.raises(AssertionError):
