@@ -51,8 +51,8 @@ from or1_megatron.runfolder import RunFolder  # noqa: E402
 
 RECIPE = ROOT / "benchmarks" / "entropy_study.yaml"
 SEEDS = (0, 1, 2, 3)
-LESSONS, QUICK_LESSONS = 500, 20
-QUICK = "steps=3", "rollout.group_size=2", "evaluation.num_samples=1"
+LESSONS, QUICK_LESSONS = 500, 150
+QUICK = "steps=3", "evaluation.num_samples=1"
 
 
 def table(results: Results) -> str:
