@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from or1_megatron.report.rundata import RunData
 
 _PARTS = ("sync", "probe", "reward_wait", "old_log_probs", "reference_log_probs", "save", "entropy", "history")
+_WINDOW = 8  # steps whose mean reward is compared with that of others
 
 
 def advice(run: RunData) -> list[str]:
@@ -93,6 +94,13 @@ def _learning(run: RunData) -> Iterator[str]:
             f"Engine and actor disagree: at the worst step only {min(gaps):.0%} of the tokens count (ESS). "
             "loss.importance_cap=2 corrects for it."
         )
+    yield from _entropy(run)
+    empty = sum(1 for row in run.steps if row.get("groups/kept") == 0)
+    if empty:
+        yield f"{empty} of {len(run.steps)} steps had no informative group and no update."
+
+
+def _entropy(run: RunData) -> Iterator[str]:
     entropy = [value for _, value in run.series("entropy/signal")]
     target = run.folder.config.entropy.target
     if entropy and run.folder.config.entropy.rule in ("paper", "released") and entropy[-1] < 0.5 * target:
@@ -100,6 +108,16 @@ def _learning(run: RunData) -> Iterator[str]:
             f"Entropy ended at {entropy[-1]:.3f}, less than half of its target {target:g}: the policy collapses faster "
             "than the coefficient grows; a larger entropy.delta reacts sooner."
         )
-    empty = sum(1 for row in run.steps if row.get("groups/kept") == 0)
-    if empty:
-        yield f"{empty} of {len(run.steps)} steps had no informative group and no update."
+    newest = [row for row in run.steps if row.get("stage") == run.steps[-1].get("stage") and "entropy/alpha" in row]
+    windows = [newest[end - _WINDOW : end] for end in range(len(newest), _WINDOW - 1, -_WINDOW)][::-1]
+    reward, alpha = (
+        [statistics.fmean(row[name] for row in window) for window in windows]
+        for name in ("reward/mean", "entropy/alpha")
+    )
+    best = max(range(len(windows)), key=reward.__getitem__, default=0)
+    if windows and reward[-1] < 0.8 * reward[best] and (most := max(alpha[best:])) > alpha[best]:
+        yield (
+            f"The reward fell from {reward[best]:.2f} about step {windows[best][0]['step']} to {reward[-1]:.2f} while "
+            f"the entropy coefficient rose from {alpha[best]:.3f} to {most:.3f}: the entropy loss outweighs the "
+            "policy's. A lower entropy.target, or a smaller entropy.delta, leaves more to the policy."
+        )
