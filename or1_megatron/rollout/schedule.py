@@ -7,6 +7,7 @@ there are few groups for each engine, a group is dealt in pieces, and put togeth
 
 from __future__ import annotations
 
+import random
 import zlib
 from collections.abc import Iterable, Sequence
 
@@ -54,17 +55,21 @@ class LengthHistory:
 
 def whole_groups(pieces: Iterable[Group], group_size: int) -> list[Group]:
     """Groups from their pieces, which may come in any order: responses are ordered by a checksum of their tokens, so
-    that the result does not depend on who finished first. A prompt that was dealt twice gets two groups."""
+    that the result does not depend on who finished first. A prompt that was dealt twice gets two groups, of responses
+    drawn from all of its pieces: an order by tokens would put equal answers into the same group."""
     found: dict[str, list[Group]] = {}
     for piece in pieces:
         found.setdefault(piece.prompt.uid, []).append(piece)
     groups: list[Group] = []
-    for parts in found.values():
+    for uid, parts in found.items():
         if len(parts[0].samples) == group_size:
             groups += parts
             continue
         samples = sorted((sample for part in parts for sample in part.samples), key=_order)
         assert len(samples) % group_size == 0, (len(samples), group_size)
+        if len(samples) > group_size:
+            sums = [_order(sample)[0] for sample in samples]
+            random.Random(f"{uid} {samples[0].weight_version} {sums}").shuffle(samples)
         for first in range(0, len(samples), group_size):
             mine = samples[first : first + group_size]
             for index, sample in enumerate(mine):

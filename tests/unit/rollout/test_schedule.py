@@ -69,3 +69,15 @@ def test_a_prompt_dealt_twice_gets_two_groups():
     assert [len(found.samples) for found in whole_groups(whole, 2)] == [2, 2, 2]
     pieces = [group("a", length) for length in (1, 2, 4, 5)]
     assert [len(found.samples) for found in whole_groups(pieces, 2)] == [2, 2]
+
+
+def test_the_two_groups_of_a_prompt_are_independent_draws():
+    """Right or wrong in one token, half of the time: a group of 8 is all alike in 2 of 256 cases."""
+    draw, alike = np.random.default_rng(0), 0
+    for number in range(500):
+        pieces = [group(f"p{number}", length) for length in draw.integers(1, 3, size=16)]
+        groups = [[len(sample.tokens) for sample in found.samples] for found in whole_groups(pieces, 8)]
+        alike += sum(len(set(lengths)) == 1 for lengths in groups)
+        backwards = [[len(sample.tokens) for sample in found.samples] for found in whole_groups(pieces[::-1], 8)]
+        assert groups == backwards
+    assert 1 <= alike <= 20, alike  # 7.8 of 1,000 expected
