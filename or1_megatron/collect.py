@@ -13,6 +13,7 @@ import numpy as np
 from or1_megatron.cluster import Cluster
 from or1_megatron.config import Config
 from or1_megatron.data.mixture import PromptMixture
+from or1_megatron.errors import RunFailure
 from or1_megatron.profiling.spans import Spans
 from or1_megatron.reward.service import RewardService, task_of
 from or1_megatron.rl.filter import is_informative, refill_size
@@ -28,12 +29,18 @@ class Rollout:
     """What one step sampled. `generated` holds every group, scored; `kept` those that the step is trained on.
 
     The first `num_carried` of the kept were sampled for an earlier step; `surplus` is left for the next one.
+    `num_left_out` groups more were rolled out, of which a response could not be checked.
     """
 
     generated: list[Group] = field(default_factory=list)
     kept: list[Group] = field(default_factory=list)
     surplus: list[Group] = field(default_factory=list)
     num_carried: int = 0
+    num_left_out: int = 0
+
+    @property
+    def num_asked(self) -> int:
+        return len(self.generated) + self.num_left_out
 
     @property
     def samples(self) -> list[Sample]:
@@ -126,7 +133,7 @@ def fill(
 
     answer: scored groups of these prompts, in their order. At most half of a step is carried over; what is more waits
     for the step after, and what is too long for a new stage is dropped. Which groups are left over follows from the
-    order of the prompts, never from who finished first.
+    order of the prompts, never from who finished first. Raises RunFailure when none of its groups could be checked.
     """
     wanted = config.rollout.rollout_batch_size
     limit = int(wanted * config.rollout.max_generated_factor)
@@ -137,16 +144,19 @@ def fill(
     while missing > 0:
         groups = answer(stream.take(missing))
         rollout.generated += groups
+        rollout.num_left_out += missing - len(groups)
         mask = config.loss.advantage_mask
         rollout.kept += [group for group in groups if is_informative(group, mask) or not config.loss.rejection]
         missing = refill_size(
             kept=len(rollout.kept),
             wanted=wanted,
-            generated=len(rollout.generated),
+            generated=rollout.num_asked,
             limit=limit,
             carried=len(used),
             expected=config.rollout.refill == "expected",
         )
+    if not rollout.generated:
+        raise RunFailure(f"none of the {rollout.num_asked} groups could be checked; the run's logs/reward.log says why")
     rollout.surplus = [*carried[len(used) :], *rollout.kept[wanted:]]
     del rollout.kept[wanted:]
     return rollout
@@ -158,7 +168,7 @@ def shortfall(config: Config, rollout: Rollout) -> str:
     if len(rollout.kept) >= wanted or factor == 1:
         return ""
     return (
-        f"{len(rollout.kept)} of {wanted} groups are informative after {len(rollout.generated)} were rolled out, the "
+        f"{len(rollout.kept)} of {wanted} groups are informative after {rollout.num_asked} were rolled out, the "
         f"bound by rollout.max_generated_factor={factor}; the step goes on with those"
     )
 
@@ -213,7 +223,7 @@ def score_groups(
         sound = [group for group in whole if all(sample.verdict != "infrastructure_error" for sample in group.samples)]
         place = {prompt.uid: i for i, prompt in enumerate(prompts)}
         # A prompt dealt twice has two groups in one place: by their tokens then, not by who finished first.
-        sound.sort(key=lambda group: (place[group.prompt.uid], tuple(group.samples[0].tokens[:256])))
+        sound.sort(key=lambda group: (place[group.prompt.uid], [sample.tokens.tobytes() for sample in group.samples]))
     return sound
 
 
@@ -267,6 +277,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, float]:
         "length/max": max(lengths),
         "truncated": sum(sample.truncated for sample in samples) / count,
         "groups/generated": len(rollout.generated),
+        "groups/left_out": rollout.num_left_out,
         "groups/kept": len(rollout.kept),
         "groups/dropped": len(rollout.generated) - fresh - num_left,
         "groups/carried": rollout.num_carried,

@@ -9,6 +9,7 @@ from or1_megatron.cluster import Cluster
 from or1_megatron.collect import score_groups
 from or1_megatron.config import Config
 from or1_megatron.display import Display
+from or1_megatron.errors import RunFailure
 from or1_megatron.profiling.spans import Spans
 from or1_megatron.reward.service import RewardService
 from or1_megatron.rollout.engine import SamplingSpec
@@ -19,7 +20,8 @@ from or1_megatron.types import Group, Prompt
 def answers(
     config: Config, cluster: Cluster, rewards: RewardService, prompts: list[Prompt], temperature: float
 ) -> list[Group]:
-    """evaluation.num_samples scored responses to each prompt; without those whose check failed for no fault of it."""
+    """evaluation.num_samples scored responses to each prompt; without those whose check failed for no fault of it.
+    Raises RunFailure when that leaves none."""
     evaluation = config.evaluation
     sampling = SamplingSpec(
         temperature=temperature,
@@ -27,7 +29,10 @@ def answers(
         max_response_length=config.rollout.max_response_length,
         stop=tuple(config.rollout.stop),
     )
-    return score_groups(cluster, rewards, prompts, evaluation.num_samples, sampling, Spans())
+    groups = score_groups(cluster, rewards, prompts, evaluation.num_samples, sampling, Spans())
+    if not groups:
+        raise RunFailure(f"none of the {len(prompts)} groups could be checked; the run's logs/reward.log says why")
+    return groups
 
 
 class Evaluator:

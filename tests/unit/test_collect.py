@@ -232,3 +232,22 @@ def test_metrics_are_of_every_response():
     assert (metrics["verdict/wrong"], metrics["verdict/truncated"]) == (3, 1)
     assert (metrics["reward/mean"], metrics["truncated"]) == (0.25, 0.25)
     assert (metrics["length/mean"], metrics["length/max"]) == (2.5, 4)
+
+
+def test_what_could_not_be_checked_counts_as_asked():
+    """A round of refill that brings nothing must not be followed by others for ever."""
+    asked = []
+
+    def answer(prompts: list[Prompt]) -> list[Group]:
+        asked.append(len(prompts))
+        return Policy()(prompts)[1:]
+
+    wanted = config(refill="exact", max_generated_factor=1.0)
+    rollout = fill(wanted, answer, PromptMixture([PROMPTS], [1.0], 0), [])
+    assert asked == [16] and rollout_metrics(rollout)["groups/left_out"] == 1
+    asked.clear()
+    wanted = config(refill="exact", max_generated_factor=2.0)
+    fill(wanted, answer, PromptMixture([PROMPTS], [1.0], 0), [])
+    assert sum(asked) <= 32
+    with pytest.raises(RunFailure, match="none of the 32 groups could be checked"):
+        fill(wanted, lambda prompts: [], PromptMixture([PROMPTS], [1.0], 0), [])

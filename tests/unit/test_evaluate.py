@@ -11,6 +11,7 @@ import pytest
 from or1_megatron import evaluate
 from or1_megatron.accuracy import held_out
 from or1_megatron.display import Display
+from or1_megatron.errors import RunFailure
 from or1_megatron.evaluate import Evaluator, answers, evaluation_line
 from or1_megatron.profiling.spans import Spans
 from or1_megatron.recipe import from_tree
@@ -53,10 +54,19 @@ def test_problems_are_answered_as_the_evaluation_says(monkeypatch: pytest.Monkey
         "evaluation": {"num_samples": 4, "top_p": 0.9},
     }
     asked = []
-    monkeypatch.setattr(evaluate, "score_groups", lambda *arguments: asked.append(arguments[3:5]))
+    groups = answer()
+
+    def score(*arguments: Any) -> list[Group]:
+        asked.append(arguments[3:5])
+        return groups
+
+    monkeypatch.setattr(evaluate, "score_groups", score)
     nothing: Any = None
-    answers(from_tree([("t", tree)]), nothing, nothing, [], 0.6)
+    assert answers(from_tree([("t", tree)]), nothing, nothing, [], 0.6) == groups
     assert asked == [(4, SamplingSpec(temperature=0.6, top_p=0.9, max_response_length=7, stop=("x",)))]
+    groups = []
+    with pytest.raises(RunFailure, match="none of the 1 groups could be checked"):
+        answers(from_tree([("t", tree)]), nothing, nothing, [answer()[0].prompt], 0.6)
 
 
 def test_the_first_temperature_is_followed_and_all_are_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
