@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from shlex import quote
 from typing import Any
 
 from or1_megatron.accuracy import held_out
@@ -14,7 +15,7 @@ from or1_megatron.collect import Rollout, RolloutAhead, collect, sampled_entropy
 from or1_megatron.config import Config
 from or1_megatron.data.mixture import PromptMixture
 from or1_megatron.display import Display
-from or1_megatron.errors import RunFailure
+from or1_megatron.errors import RunFailure, UserError
 from or1_megatron.evaluate import Evaluator
 from or1_megatron.inputs import Inputs
 from or1_megatron.profiling.spans import Spans
@@ -114,7 +115,7 @@ class Run:
             responses=len(samples),
             truncated=sum(sample.truncated for sample in samples),
         )
-        self.state = self.state_after(step)
+        self.state, self.updater.midway = self.state_after(step), False
         versions = [sample.weight_version for group in rollout.kept for sample in group.samples]
         behind = {"staleness": step - 1 - sum(versions) / len(versions)} if versions else {}
         return counts | behind
@@ -171,6 +172,15 @@ class Run:
             self.checkpoints.begin(self.state)
             if wait:
                 self.checkpoints.finish()
+
+    def rescue(self) -> None:
+        """After a failure that all processes survived: saves the last completed step, unless weights are past it."""
+        if self.state.step == 0 or self.updater.midway:
+            return
+        with suppress(UserError, RunFailure):  # the first failure is the one to tell
+            self.save()
+            again = f"or1 train --resume {quote(str(self.folder.path))}"
+            self.display.message(f"saved step {self.state.step}, the last that was completed; continue with: {again}")
 
     def sync(self, completed: int) -> dict[str, float]:
         """Pushes the weights after `completed` steps to the engines and probes them.

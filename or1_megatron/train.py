@@ -15,7 +15,7 @@ from or1_megatron.cluster import Cluster
 from or1_megatron.collect import rollout_metrics
 from or1_megatron.config import Config
 from or1_megatron.display import Display
-from or1_megatron.errors import StopRequested, UserError, WorkerDied
+from or1_megatron.errors import RunFailure, StopRequested, UserError, WorkerDied
 from or1_megatron.evaluate import evaluation_line
 from or1_megatron.inputs import Inputs, check_inputs
 from or1_megatron.reward.preflight import check_rewards
@@ -90,6 +90,10 @@ def _attempt(
             run.save()
             again = f"or1 train --resume {quote(str(folder.path))}"
             raise StopRequested(f"stopped after step {run.state.step}, saved it; continue with: {again}") from None
+        except (UserError, RunFailure) as failure:
+            if not isinstance(failure, WorkerDied):
+                run.rescue()
+            raise
         finally:
             run.close()
         minutes = (time.monotonic() - started) / 60

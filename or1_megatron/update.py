@@ -19,11 +19,13 @@ from or1_megatron.types import Group, MicroBatch, Sample, Sequence, TokenValues
 
 
 class Updater:
-    """Turns kept groups into optimizer steps on the cluster's actor. `config` is that of the running stage."""
+    """Turns kept groups into optimizer steps on the cluster's actor. `config` is that of the running stage; `midway`
+    says that steps were taken, or begun, which belong to no completed training step yet."""
 
     def __init__(self, config: Config, architecture: Architecture, cluster: Cluster, spans: Spans):
         self.config, self._architecture, self._cluster, self._spans = config, architecture, cluster, spans
         self._shares_prompts = cluster.shares_prompts()
+        self.midway = False
 
     def vocabulary_entropy(self, rollout: Rollout) -> float:
         """Full-vocabulary entropy of the actor over all sampled tokens of the rollout buffer, nats per token."""
@@ -88,6 +90,7 @@ class Updater:
         num_tokens = sum(s.num_response_tokens for s in sequences)
         with self._spans.span("pack"):
             layout, batches = self.packed(sequences)
+        self.midway = True
         with self._spans.span("update"):
             results = self._cluster.update(
                 batches,

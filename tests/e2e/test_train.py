@@ -248,6 +248,7 @@ def _writes_to(process: psutil.Process, log: Path) -> bool:
 
 
 def test_ctrl_c_saves_and_resumes(workplace: Path) -> None:
+    """The resumed run fails at its next stage, and keeps what it had done until then."""
     run = workplace / "run-stopped"
     process = start(workplace, "recipe.yaml", f"run_dir={run}", "steps=100000")
     wait_for_steps(run, 2, process)
@@ -258,7 +259,12 @@ def test_ctrl_c_saves_and_resumes(workplace: Path) -> None:
     saved = sorted((run / "checkpoints").glob("step-*"))
     assert len(saved) == 1 and (saved[0] / "driver.json").is_file(), saved
     nothing_left(workplace)
-    process = start(workplace, "--resume", str(run), f"steps={len(metrics(run)) + 1}")
+    done = len(metrics(run)) + 1
+    (run / "history/step-000001.parquet").unlink()
+    stages = f"stages=[{{until: {done}}}, {{until: {done + 1}}}]"
+    process = start(workplace, "--resume", str(run), f"steps={done + 1}", stages, "drop_solved=true")
     output = finish(process)
-    assert process.returncode == 0, output
+    assert process.returncode == 2 and "step-000001.parquet is gone" in output, output
+    assert len(metrics(run)) == done and f"saved step {done}, the last that was completed" in output, output
+    assert (run / f"checkpoints/step-{done:06d}/driver.json").is_file()
     nothing_left(workplace)

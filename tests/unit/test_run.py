@@ -175,6 +175,21 @@ def test_groups_of_earlier_weights_are_carried_only_where_the_loss_allows_for_th
     assert any("1 groups left over" in line for line in there.said) == (not kept)
 
 
+def test_a_failure_saves_what_is_completed_and_nothing_half_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    wanted = config(tmp_path / "run")
+    run, there = make(wanted, RunFolder.create(wanted))
+    saved = []
+    monkeypatch.setattr(run, "save", lambda: saved.append(run.state.step))
+    run.rescue()  # nothing is done yet
+    assert do_steps(run, 1, 1, lambda _: 1)
+    run.updater.midway = True  # in the update of the second step
+    run.rescue()
+    assert saved == []
+    do_steps(run, 2, 2, lambda _: 1)
+    run.rescue()
+    assert saved == [2] and there.said[0].startswith("saved step 2, the last that was completed; continue with: or1 ")
+
+
 def test_the_learning_rate_warms_up_and_stays(tmp_path: Path):
     wanted = config(tmp_path / "run", optimizer={"lr": 1e-3, "warmup_steps": 4})
     assert [learning_rate(wanted, step) for step in (1, 2, 4, 5, 99)] == pytest.approx([2.5e-4, 5e-4, 1e-3, 1e-3, 1e-3])
