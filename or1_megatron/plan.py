@@ -121,6 +121,11 @@ def calibration_of(run: RunFolder, stages: Collection[int] | None = None) -> Cal
             f"{run.path} holds no trace.json; it is written after a step with profiling.trace_steps above 0"
         )
     trace, config = read_trace(file), run.config
+    if config.rollout.overlap:
+        raise UserError(
+            f"{run.path} has rollout.overlap=true, under which no rollout is timed by itself; calibrate on a run with "
+            "rollout.overlap=false"
+        )
     if "last_step" not in trace.get("metadata", {}):
         raise UserError(f"{file} is not a trace that a run of this version has written; calibrate on another run")
     return calibrate(

@@ -217,10 +217,11 @@ class Run:
         """Writes down a step that has ended. The time this takes is in the next step's line."""
         seconds = paper_seconds(self.spans.take())
         metrics |= self.rewards.take_metrics()
-        metrics |= seconds | {"tokens_per_second": metrics.get("tokens", 0) / seconds["seconds/step"]}
-        metrics["tokens_per_second/rollout"] = (
-            sum(len(sample.tokens) for sample in rollout.samples) / seconds["seconds/rollout"]
-        )
+        trained = seconds["seconds/step"] - seconds.get("seconds/evaluation", 0.0)
+        metrics |= seconds | {"tokens_per_second": metrics.get("tokens", 0) / trained}
+        if not self.stages.config.rollout.overlap:  # else the seconds are those of waiting for it
+            sampled = sum(len(sample.tokens) for sample in rollout.samples)
+            metrics["tokens_per_second/rollout"] = sampled / seconds["seconds/rollout"]
         if "flops" in metrics:
             peak = self._peak_flops * self.config.parallel.num_ranks
             metrics["training_flops"] = metrics.pop("flops")

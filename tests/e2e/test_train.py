@@ -55,6 +55,9 @@ def test_three_steps_on_two_ranks(workplace: Path, degree: str) -> None:
         assert row["probe/mean"] < 1e-3 and row["mismatch/max"] < 1e-3, row  # engine = actor, sync after sync
         assert row["grad_norm"] > 0 and row["groups/kept"] == 4
         assert 0 < row["mfu"] < 1, row
+        training_s = row["seconds/step"] - row.get("seconds/evaluation", 0.0)
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / training_s), row
+    assert "seconds/evaluation" in rows[0]
     check_times(run, rows)
     megatron_to_hf(run / "checkpoints" / "step-000003" / "actor", workplace / "model", run / "hf")
     before, after = (load_file(path / "model.safetensors") for path in (workplace / "model", run / "hf"))

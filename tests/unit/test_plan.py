@@ -164,6 +164,14 @@ def test_a_trace_of_an_older_version_is_not_calibrated_on(tmp_path: Path, capsys
     assert "is not a trace that a run of this version has written" in capsys.readouterr().err
 
 
+def test_a_run_that_decodes_while_it_trains_is_not_calibrated_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run = RunFolder.open(write_run(tmp_path))
+    run.config.rollout.overlap, run.config.loss.old_log_probs = True, "engine"
+    run.save_config(run.config)
+    assert cli.main(["plan", "launch/recipes/quickstart.yaml", "--calibrate", str(run.path)]) == 2
+    assert "calibrate on a run with rollout.overlap=false" in capsys.readouterr().err
+
+
 def test_an_interval_counts_once_all_prompts_are_prefilled():
     """Eight responses to prompts of 10 tokens, 28 tokens a round beside those that decode: four rounds of 20."""
     assert [Interval(1, 8, 8, begun, 1.0).all_started(10, 28) for begun in (0, 3, 4)] == [False, False, True]
