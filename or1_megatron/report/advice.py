@@ -58,9 +58,10 @@ def _rollout(run: RunData) -> Iterator[str]:
         )
     truncated = run.mean("truncated")
     if truncated > 0.1:
+        wrong = " and count as wrong" if run.folder.config.reward.truncated == "zero" else ""
         yield (
-            f"{truncated:.0%} of the responses are cut at the length limit and count as wrong; a longer stage, or a "
-            "higher rollout.max_response_length, would let them end."
+            f"{truncated:.0%} of the responses are cut at the length limit{wrong}; a longer stage, or a higher "
+            "rollout.max_response_length, would let them end."
         )
     generated, kept = run.total("groups/generated"), run.total("groups/kept")
     if generated and kept < 0.5 * generated:
@@ -88,16 +89,27 @@ def _update(run: RunData) -> Iterator[str]:
 
 
 def _learning(run: RunData) -> Iterator[str]:
-    gaps = [value for _, value in run.series("mismatch/ess")]
-    if gaps and min(gaps) < 0.95:
-        yield (
-            f"Engine and actor disagree: at the worst step only {min(gaps):.0%} of the tokens count (ESS). "
-            "loss.importance_cap=2 corrects for it."
-        )
+    yield from _mismatch(run)
     yield from _entropy(run)
     empty = sum(1 for row in run.steps if row.get("groups/kept") == 0)
     if empty:
         yield f"{empty} of {len(run.steps)} steps had no informative group and no update."
+
+
+def _mismatch(run: RunData) -> Iterator[str]:
+    measured = [row for row in run.steps if isinstance(row.get("mismatch/ess"), float)]
+    worst = min(measured, key=lambda row: row["mismatch/ess"], default={"mismatch/ess": 1.0})
+    if worst["mismatch/ess"] >= 0.95:
+        return
+    loss = run.folder.config.loss
+    if loss.importance_cap > 0:
+        remedy = f"loss.importance_cap={loss.importance_cap:g} corrects for it."
+    elif loss.old_log_probs == "engine":
+        remedy = "loss.old_log_probs=engine has it in the ratio, where it is clipped."
+    else:
+        remedy = "loss.importance_cap=2 corrects for it."
+    cause = "The samples are of older weights" if worst.get("staleness", 0) > 0 else "Engine and actor disagree"
+    yield f"{cause}: at the worst step only {worst['mismatch/ess']:.0%} of the tokens count (ESS). {remedy}"
 
 
 def _entropy(run: RunData) -> Iterator[str]:

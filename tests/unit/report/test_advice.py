@@ -1,4 +1,4 @@
-"""Sentences on the entropy; those on time and lengths are asked of test_report.py's whole run."""
+"""Sentences on entropy and off-policy samples; those on time and lengths are asked of test_report.py's whole run."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ RISING = [0.3 + i / 50 for i in range(24)]
 FALLING = [0.6 - i / 50 for i in range(16)]
 
 
-def run(tmp_path: Path, rewards: list[float], alphas: list[float], entropy: float = 0.2, stages: int = 0) -> RunData:
-    """A run of a step per reward; its second stage, if any, begins after `stages` steps."""
+def folder(tmp_path: Path, *options: str) -> RunFolder:
+    tmp_path.mkdir(exist_ok=True)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("steps: 60\n")
-    folder = RunFolder.create(load(recipe, [f"run_dir={tmp_path / 'run'}", "model.path=model"]))
+    return RunFolder.create(load(recipe, [f"run_dir={tmp_path / 'run'}", "model.path=model", *options]))
+
+
+def run(tmp_path: Path, rewards: list[float], alphas: list[float], entropy: float = 0.2, stages: int = 0) -> RunData:
+    """A run of a step per reward; its second stage, if any, begins after `stages` steps."""
     steps = [
         {"step": step, "stage": 1 + (0 < stages < step), "reward/mean": reward, "entropy/alpha": alpha,
          "entropy/signal": entropy, "groups/kept": 8, "groups/generated": 8}
         for step, (reward, alpha) in enumerate(zip(rewards, alphas, strict=True), 1)
     ]  # fmt: skip
-    return RunData("run", folder, steps, [])
+    return RunData("run", folder(tmp_path), steps, [])
 
 
 @pytest.mark.parametrize(
@@ -52,3 +56,26 @@ def test_a_coefficient_that_costs_reward(
 def test_an_entropy_far_below_its_target(entropy: float, found: bool, tmp_path: Path) -> None:
     said = " ".join(advice(run(tmp_path, RISING, [0.0] * 24, entropy)))
     assert ("Entropy ended at 0.090, less than half of its target 0.2" in said) is found
+
+
+@pytest.mark.parametrize(
+    ("options", "staleness", "said"),
+    [
+        (
+            [],
+            0.0,
+            "Engine and actor disagree: at the worst step only 90% of the tokens count (ESS). loss.importance_cap=2",
+        ),
+        (
+            ["loss.old_log_probs=recompute", "loss.importance_cap=3"],
+            0.0,
+            "(ESS). loss.importance_cap=3 corrects for it.",
+        ),
+        (["loss.old_log_probs=engine", "rollout.overlap=true"], 1.0, "The samples are of older weights: at the worst"),
+        (["loss.old_log_probs=engine"], 0.0, "loss.old_log_probs=engine has it in the ratio, where it is clipped."),
+    ],
+)
+def test_samples_that_are_not_of_the_policy(options: list[str], staleness: float, said: str, tmp_path: Path) -> None:
+    steps = [{"step": step, "mismatch/ess": ess, "staleness": staleness} for step, ess in ((1, 0.99), (2, 0.9))]
+    assert said in " ".join(advice(RunData("run", folder(tmp_path, *options), steps, [])))
+    assert "ESS" not in " ".join(advice(RunData("run", folder(tmp_path / "other"), steps[:1], [])))
