@@ -202,14 +202,9 @@ class PromptStream:
         return taken
 
     def drop(self, uids: Iterable[str]) -> None:
-        """From now on the problems `uids` are passed over. Raises UserError when none would be left."""
-        dropped = frozenset(uids)
-        if all(prompt.uid in dropped for prompt in self._prompts):
-            raise UserError(
-                f"all {len(self._prompts)} problems of data.train were solved and dropped; use harder ones, or "
-                "drop_solved=false"
-            )
-        self._dropped = dropped
+        """From now on the problems `uids` are passed over, which are not all of them."""
+        self._dropped = frozenset(uids)
+        assert any(prompt.uid not in self._dropped for prompt in self._prompts)
 
     def state_dict(self) -> dict[str, int]:
         return {"epoch": self._epoch, "position": self._position, "num_prompts": len(self._prompts)}
