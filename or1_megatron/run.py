@@ -26,7 +26,7 @@ from or1_megatron.rollout.schedule import LengthHistory
 from or1_megatron.runfolder import RunFolder
 from or1_megatron.runstate import Checkpoints, Found, RunState
 from or1_megatron.timeline import Timeline
-from or1_megatron.types import Group, Prompt, group_as_dict, group_from_dict
+from or1_megatron.types import Group, Prompt
 from or1_megatron.update import Updater
 
 
@@ -68,9 +68,9 @@ class Run:
             stream=self._stream_state,
             entropy=self.controller.state_dict(),
             stage=self.stages.state_dict(),
-            carried=[group_as_dict(group) for group in self.carried],
             model=asdict(self.architecture),
             group_sizes=group_sizes(self.config),
+            surplus=self.carried,
         )
 
     def enter(self, step: int) -> Config:
@@ -131,8 +131,7 @@ class Run:
         self.stream.load_state_dict(self.state.stream)
         self._stream_state = self.stream.state_dict()
         self.controller.load_state_dict(self.state.entropy)
-        prompts = self.stream.prompts
-        self.carried = [group_from_dict(group, prompts) for group in self.state.carried]
+        self.carried = self.state.surplus = found.surplus(self.stream.prompts)
         if self.carried and not self.config.may_train_stale:
             self.display.message(
                 f"{len(self.carried)} groups left over by the step before are dropped: earlier weights have sampled "

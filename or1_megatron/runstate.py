@@ -1,6 +1,6 @@
 """A run's checkpoints: written in the background, made visible when whole, checked before a run goes on from one.
 
-    checkpoints/step-000012/     actor/ (Megatron's dist_checkpointing), driver.json, files.json
+    checkpoints/step-000012/     actor/ (Megatron's dist_checkpointing), driver.json, surplus.npz, files.json
     checkpoints/latest           a link to the newest
 
 While it is written a checkpoint has a hidden name. It gets its own, and `latest` moves, when every byte of it is on
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,22 +21,25 @@ from typing import Any, Protocol
 from or1_megatron.architecture import Architecture
 from or1_megatron.errors import UserError
 from or1_megatron.parallel.file_sums import FileSums, damage, file_sum, sync
+from or1_megatron.surplus import read_groups, write_groups
+from or1_megatron.types import Group, Prompt
 
 _DRIVER_FILE = "driver.json"
+_SURPLUS_FILE = "surplus.npz"
 _SUMS_FILE = "files.json"
 
 
 @dataclass
 class RunState:
-    """The driver's state after `step` completed steps; plain JSON types only."""
+    """The driver's state after `step` completed steps; plain JSON types, but for the surplus."""
 
     step: int
     stream: dict[str, Any]
     entropy: dict[str, Any]
     stage: dict[str, Any]
-    carried: list[dict[str, Any]]  # groups sampled and not yet trained on
     model: dict[str, Any]  # the architecture, to refuse another one on resume
     group_sizes: list[int]  # of all stages, likewise
+    surplus: list[Group] = field(default_factory=list)  # sampled and not yet trained on; `Found.surplus` reads it back
 
 
 class Actor(Protocol):
@@ -106,8 +110,10 @@ class Checkpoints:
 
 
 def _seal(partial: Path, state: RunState, sums: FileSums) -> None:
-    """Adds driver.json and files.json, and syncs every file and folder."""
-    (partial / _DRIVER_FILE).write_text(json.dumps(asdict(state)))
+    """Adds the driver's files and files.json, and syncs every file and folder."""
+    write_groups(partial / _SURPLUS_FILE, state.surplus)
+    plain = {name: value for name, value in vars(state).items() if name != "surplus"}
+    (partial / _DRIVER_FILE).write_text(json.dumps(plain))
     for path in sorted(path for path in partial.rglob("*") if path.is_file()):
         sync(path)
         name = str(path.relative_to(partial))
@@ -149,6 +155,10 @@ class Found:
     state: RunState
     damaged: dict[Path, str] = field(default_factory=dict)  # what is wrong with each
 
+    def surplus(self, prompts: Mapping[str, Prompt]) -> list[Group]:
+        """The groups that its step sampled and did not train on; `prompts` by uid. Raises UserError."""
+        return read_groups(self.path / _SURPLUS_FILE, prompts)
+
     def set_damaged_aside(self) -> list[str]:
         """Renames them, so that the run can come by these steps again; one line for each."""
         lines = []
@@ -173,7 +183,7 @@ def newest(directory: Path, architecture: Architecture, group_sizes: list[int]) 
         found = "; ".join(f"{path.name}: {what}" for path, what in damaged.items())
         holds = f"only damaged checkpoints ({found})" if damaged else "no complete checkpoint"
         raise UserError(f"{directory} holds {holds}; the run cannot be resumed; remove the folder and start it anew")
-    state = RunState(**json.loads((path / _DRIVER_FILE).read_text()))
+    state = _read_state(path)
     if state.model != asdict(architecture):
         differing = [key for key, value in asdict(architecture).items() if state.model.get(key) != value]
         raise UserError(f"{path} was made with another model: {', '.join(differing)} differ from model.path")
@@ -183,6 +193,16 @@ def newest(directory: Path, architecture: Architecture, group_sizes: list[int]) 
             "stage); resume with the same"
         )
     return Found(path, state, damaged)
+
+
+def _read_state(checkpoint: Path) -> RunState:
+    try:
+        return RunState(**json.loads((checkpoint / _DRIVER_FILE).read_text()))
+    except TypeError:
+        raise UserError(
+            f"{checkpoint} was written by a version of or1_megatron whose {_DRIVER_FILE} holds other entries; resume "
+            "with that version"
+        ) from None
 
 
 def damage_of(checkpoint: Path) -> str:

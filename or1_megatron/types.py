@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -108,27 +107,6 @@ class Group:
     def longest(self) -> int:
         """Tokens of its longest sequence."""
         return len(self.prompt.tokens) + max(len(sample.tokens) for sample in self.samples)
-
-
-def group_as_dict(group: Group) -> dict[str, Any]:
-    """Plain JSON types, exact; the prompt by its uid."""
-
-    def plain(sample: Sample) -> dict[str, Any]:
-        arrays = {"tokens": sample.tokens.tolist(), "log_probs": sample.log_probs.tolist()}
-        return {name: value for name, value in (vars(sample) | arrays).items() if name != "prompt"}
-
-    return {"uid": group.prompt.uid, "samples": [plain(sample) for sample in group.samples]}
-
-
-def group_from_dict(row: Mapping[str, Any], prompts: Mapping[str, Prompt]) -> Group:
-    """The inverse; `prompts` by uid."""
-    prompt = prompts[row["uid"]]
-
-    def restored(sample: dict[str, Any]) -> Sample:
-        arrays = np.array(sample["tokens"], np.int32), np.array(sample["log_probs"], np.float32)
-        return Sample(prompt=prompt, **{**sample, "tokens": arrays[0], "log_probs": arrays[1]})
-
-    return Group(prompt, [restored(sample) for sample in row["samples"]])
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ def train(rank: int, world_size: int, config: Config, prompts: list[Prompt], fol
             loss = sum(ranks.call("step", drawn, alpha))
             print(json.dumps([step, loss, alpha]), file=losses, flush=True)
             checkpoints.publish_if_written()
-            state = RunState(step, stream.state_dict(), controller.state_dict(), {}, [], asdict(architecture), [2])
+            state = RunState(step, stream.state_dict(), controller.state_dict(), {}, asdict(architecture), [2])
             checkpoints.begin(state)
             if not background:
                 checkpoints.finish()

@@ -21,6 +21,15 @@ def config(**rollout: Any) -> Config:
     return from_tree([("t", {"model": {"path": "/m"}, "rollout": tree, "loss": loss})])
 
 
+def as_lists(group: Group) -> tuple[str, list[dict[str, Any]]]:
+    """What can be compared of it, per token too."""
+
+    def plain(sample: Sample) -> dict[str, Any]:
+        return {name: getattr(value, "tolist", lambda value=value: value)() for name, value in vars(sample).items()}
+
+    return group.prompt.uid, [plain(sample) for sample in group.samples]
+
+
 class Policy:
     """Scored groups, as engines and verifiers give them: drawn from the step and the prompt."""
 
@@ -40,7 +49,7 @@ class Policy:
                 Sample(
                     prompt,
                     i,
-                    np.array([draw.randrange(9)]),
+                    np.array([draw.randrange(9)], np.int32),
                     np.array([-draw.random()], np.float32),
                     "x",
                     "stop",

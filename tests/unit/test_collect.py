@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,12 +26,13 @@ from or1_megatron.errors import RunFailure, UserError
 from or1_megatron.recipe import from_tree, override_tree
 from or1_megatron.rl.filter import is_informative
 from or1_megatron.rollout.engine import SamplingSpec
-from or1_megatron.types import Group, Prompt, group_as_dict, group_from_dict
-from tests.unit.random_policy import PROMPTS, Policy, config
+from or1_megatron.surplus import read_groups, write_groups
+from or1_megatron.types import Group, Prompt
+from tests.unit.random_policy import PROMPTS, Policy, as_lists, config
 
 
-def steps(config: Config, count: int, resume_after: int = 0) -> tuple[list[Rollout], int]:
-    """`count` steps, with a trip through JSON after one of them; the rounds they took."""
+def steps(config: Config, count: int, resume_after: int = 0, file: Path = Path("none")) -> tuple[list[Rollout], int]:
+    """`count` steps, with a trip through a checkpoint's file after one of them; the rounds they took."""
     policy, stream, carried = Policy(), PromptMixture([PROMPTS], [1.0], 0), []
     rollouts, rounds = [], 0
     for step in range(1, count + 1):
@@ -39,10 +41,11 @@ def steps(config: Config, count: int, resume_after: int = 0) -> tuple[list[Rollo
         rounds += policy.rounds
         carried = rollouts[-1].surplus
         if step == resume_after:
-            state = json.loads(json.dumps([[group_as_dict(group) for group in carried], stream.state_dict()]))
+            write_groups(file, carried)
+            state = json.loads(json.dumps(stream.state_dict()))
             stream = PromptMixture([PROMPTS], [1.0], 0)
-            stream.load_state_dict(state[1])
-            carried = [group_from_dict(row, stream.prompts) for row in state[0]]
+            stream.load_state_dict(state)
+            carried = read_groups(file, stream.prompts)
     return rollouts, rounds
 
 
@@ -70,12 +73,12 @@ def test_exact_refill_leaves_nothing_and_takes_more_rounds():
 
 
 @pytest.mark.parametrize("cut", [1, 4, 7])
-def test_a_resume_keeps_the_surplus(cut: int):
+def test_a_resume_keeps_the_surplus(tmp_path: Path, cut: int):
     def plain(run: tuple[list[Rollout], int]) -> Any:
         kinds = [(r.generated, r.kept, r.surplus) for r in run[0]]
-        return [[list(map(group_as_dict, groups)) for groups in step] for step in kinds], run[1]
+        return [[list(map(as_lists, groups)) for groups in step] for step in kinds], run[1]
 
-    assert plain(steps(config(), 9, resume_after=cut)) == plain(steps(config(), 9))
+    assert plain(steps(config(), 9, resume_after=cut, file=tmp_path / "surplus.npz")) == plain(steps(config(), 9))
 
 
 def test_more_than_half_a_step_waits():

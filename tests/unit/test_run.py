@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ from or1_megatron.collect import Rollout
 from or1_megatron.config import Config
 from or1_megatron.inputs import Inputs
 from or1_megatron.recipe import from_tree
-from or1_megatron.run import Run, Stop, learning_rate, probe_tokens
+from or1_megatron.run import Run, Stop, group_sizes, learning_rate, probe_tokens
 from or1_megatron.runfolder import RunFolder
-from or1_megatron.runstate import Found, RunState
+from or1_megatron.runstate import Checkpoints, Found, newest
 from or1_megatron.types import Group, Prompt, Sample
 from tests.unit.test_update import QWEN2
 
@@ -43,6 +41,16 @@ class Processes:
 
     def resumed(self, step: int) -> None:
         self.said.append(f"resumed after step {step}")
+
+
+class NoFiles:
+    """An actor without weights."""
+
+    def begin_save(self, directory: Path) -> None:
+        pass
+
+    def finish_save(self) -> dict[str, Any]:
+        return {}
 
 
 def config(run_dir: Path, **changes: Any) -> Config:
@@ -91,9 +99,12 @@ def do_steps(run: Run, first: int, last: int, right: Callable[[Prompt], int]) ->
 
 
 def found(run: Run, folder: RunFolder) -> Found:
-    """A checkpoint of the run's state now, after a trip through JSON."""
-    state = RunState(**json.loads(json.dumps(dataclasses.asdict(run.state))))
-    return Found(folder.checkpoints / f"step-{state.step:06d}", state, {})
+    """A checkpoint of the run's state now, on the disk but for what is the actor's."""
+    actor: Any = NoFiles()
+    checkpoints = Checkpoints(folder.checkpoints, actor, run.architecture, keep=1, keep_every=0)
+    checkpoints.begin(run.state)
+    checkpoints.finish()
+    return newest(folder.checkpoints, run.architecture, group_sizes(run.config))
 
 
 def test_what_was_solved_in_a_stage_is_not_asked_again_even_after_a_resume(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -43,7 +44,7 @@ class OneFile:
 
 
 def state_after(step: int, architecture: Architecture) -> RunState:
-    return RunState(step, {}, {}, {}, [], asdict(architecture), [4, 16])
+    return RunState(step, {}, {}, {}, asdict(architecture), [4, 16])
 
 
 def write(directory: Path, step: int, architecture: Architecture, keep: int = 9) -> Path:
@@ -154,6 +155,16 @@ def test_a_disk_without_room_is_told_before_anything_is_written(
         write(tmp_path, 1, architecture)
     assert list(tmp_path.iterdir()) == []
     assert write(tmp_path, 1, architecture).is_dir()
+
+
+def test_a_checkpoint_of_another_version_is_one_line(tmp_path: Path, architecture: Architecture):
+    saved = write(tmp_path, 1, architecture)
+    driver = saved / "driver.json"
+    driver.write_text(driver.read_text().replace('"step"', '"steps_done"'))
+    sums = json.loads((saved / "files.json").read_text())
+    (saved / "files.json").write_text(json.dumps({**sums, "driver.json": file_sum(driver)}))
+    with pytest.raises(UserError, match=r"step-000001 was written by a version of or1_megatron whose driver\.json"):
+        newest(tmp_path, architecture, [4, 16])
 
 
 def test_what_is_there_is_not_written_again(tmp_path: Path, architecture: Architecture):
