@@ -16,18 +16,20 @@ from tests.tiny_recipe import write_tiny_recipe
 
 
 def write_boxing_problems(workplace: Path, groups: str) -> list[str]:
-    """A model that boxes a random number up to 60 within a few tokens, and one problem a letter, in the order in which
-    they are asked: M, half of the numbers are right, so that a large group is mixed; H, none is. The keys of both."""
+    """A model that boxes a random number up to 30 or writes one of 30 programs within a few tokens, and one problem a
+    letter, in the order in which they are asked: M, half of the numbers are right, so that a large group is mixed; C,
+    two of three programs are; H, no number is. The keys of both."""
     model = write_tiny_model(workplace / "boxing", "llama", tied=True)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    tokenizer.add_tokens([f"\\boxed{{{number}}}" for number in range(61)])
+    tokenizer.add_tokens([f"\\boxed{{{number}}}" for number in range(31)])
+    tokenizer.add_tokens([f"```python\nprint({number} // 20)\n```\n}}" for number in range(30)])
     tokenizer.save_pretrained(model)
     places = PromptStream([Prompt(str(i), "t", (1,), ("",)) for i in range(len(groups))], 0).take(len(groups))
     rows = [{} for _ in groups]
+    gold = {"M": [str(number) for number in range(15)], "H": "no number", "C": '{"inputs": [""], "outputs": ["0"]}'}
     for letter, place in zip(groups, places, strict=True):
-        gold = [str(number) for number in range(30)] if letter == "M" else "no number"
         rows[int(place.uid)] = {
-            "data_source": "t", "prompt": f"{place.uid} + 1 =", "reward_model": {"ground_truth": gold}
+            "data_source": letter, "prompt": f"{place.uid} + 1 =", "reward_model": {"ground_truth": gold[letter]}
         }  # fmt: skip
     (workplace / "boxing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sampling = ("rollout.group_size=16", 'rollout.stop=["}"]', "loss.rejection=true", "optimizer.lr=1e-4")
@@ -36,7 +38,7 @@ def write_boxing_problems(workplace: Path, groups: str) -> list[str]:
 
 def test_off_policy_and_resume(tmp_path: Path) -> None:
     """Two optimizer steps per rollout on two replicas, one step off, vocabulary entropy, a surplus of informative
-    groups that goes into the next step; then a step after a resume."""
+    groups that goes into the next step; then a step after a resume. Math and code in one run."""
     run = tmp_path / "run"
     write_tiny_recipe(tmp_path, tmp_path / "boxing")
     options = [
@@ -47,7 +49,7 @@ def test_off_policy_and_resume(tmp_path: Path) -> None:
         "rollout.transport=ray",
         "rollout.refill=expected",
         "rollout.max_generated_factor=4",
-        *write_boxing_problems(tmp_path, "HHMM" + "MMMM" + "HM" + "MM" + "MMM"),
+        *write_boxing_problems(tmp_path, "HHMM" + "MMMM" + "HC" + "MM" + "MMM"),
     ]
     process = start(tmp_path, "recipe.yaml", f"run_dir={run}", "steps=2", "entropy.signal=vocabulary", *options)
     output = finish(process)
@@ -74,6 +76,11 @@ def test_off_policy_and_resume(tmp_path: Path) -> None:
         {"generated": 3, "dropped": 0, "kept": 4, "surplus": 0},
     ]
     assert [row["groups/carried"] for row in rows] == [0, 2, 1]
-    saved = [read_table(path).num_rows for path in sorted((run / "rollouts").glob("*.parquet"))]
-    assert saved == [16 * 8, 16 * 4, 16 * 3]  # every response once, in the step that sampled it
+    saved = [read_table(path).to_pylist() for path in sorted((run / "rollouts").glob("*.parquet"))]
+    # every response once, in the step that sampled it
+    assert [len(responses) for responses in saved] == [16 * 8, 16 * 4, 16 * 3]
+    for source, right in (("M", "boxed"), ("C", "print")):
+        asked = [row for responses in saved for row in responses if row["data_source"] == source]
+        verdicts = {(row["verdict"], right in row["response"]) for row in asked}
+        assert {("correct", True), ("wrong", True)} <= verdicts and ("correct", False) not in verdicts, verdicts
     nothing_left(tmp_path)
