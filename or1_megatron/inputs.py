@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from or1_megatron.architecture import Architecture, check_degrees, read_architecture
+from or1_megatron.boards import check_boards
 from or1_megatron.cluster import check_host
 from or1_megatron.cluster.joining import address_to_join
 from or1_megatron.config import Config
@@ -75,8 +75,7 @@ def check_inputs(config: Config) -> Inputs:
     _check_memory("parallel.num_ranks", parallel.num_ranks, shard_bytes)
     check_host(config)
     use_transformer_engine(config.model.transformer_impl, config.model.dtype)
-    if config.wandb and importlib.util.find_spec("wandb") is None:
-        raise UserError(f"wandb={config.wandb} needs the package wandb: pip install 'or1_megatron[wandb]'")
+    check_boards(config)
     if config.profiling.tool == "nsys" and not has_cuda():
         raise UserError("profiling.tool=nsys needs a CUDA device, there is none here; use torch")
     tokenizer = load_tokenizer(config.model.path, architecture)

@@ -45,6 +45,7 @@ class Run:
     ):
         self.config, self.architecture, self.folder = config, inputs.architecture, folder
         self.cluster, self.rewards, self.display, self.stop = cluster, rewards, display, stop
+        folder.metrics.message = display.message
         self.spans = Spans()
         self.timeline = Timeline(config.profiling, folder, cluster, rewards, self.spans)
         self.stream = PromptMixture(inputs.sources, config.data.weights or [1.0], config.data.seed)

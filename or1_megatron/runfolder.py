@@ -10,6 +10,7 @@
     logs/
     slurm/           what slurm/submit.py laid there before the run, and the logs of its jobs
     wandb.id         of the run there, with `wandb`
+    mlflow.id        of the run there, with `mlflow`
     driver.lock      held by the process that runs it: its host, number and Slurm job
     rollouts/        step-000001.parquet: every response of the step
     evaluations/     step-000001-T1.parquet: every response to the held-out problems; when there are any
@@ -124,10 +125,14 @@ class RunFolder:
 
     @contextmanager
     def driven(self) -> Iterator[None]:
-        """For the one process that may write here, see driver_lock.held. Raises UserError while there is another."""
+        """For the one process that may write here, see driver_lock.held; closes the metrics in the end. Raises
+        UserError while there is another."""
         self._make_folders()
         with held(self.path):
-            yield
+            try:
+                yield
+            finally:
+                self.metrics.close()
 
     def save_config(self, config: Config) -> None:
         """Replaces the configuration: a resumed run may have overridden some of it."""

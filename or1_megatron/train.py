@@ -36,6 +36,8 @@ def train(config: Config, resume: Path | None = None) -> int:
         isolation = check_rewards(config.reward, [*chain(*inputs.sources), *inputs.held_out])
         folder = RunFolder.open(resume) if resume else RunFolder.create(config)
         with folder.driven():
+            if not resume:
+                folder.metrics.open_boards()
             found = newest(folder.checkpoints, inputs.architecture, group_sizes(config)) if resume else None
             if found and config.steps < found.state.step:
                 raise UserError(f"steps={config.steps} is below {found.path.name} to go on from; give more steps")
