@@ -103,9 +103,11 @@ class MLflow:
             before.wait()
 
     def close(self) -> None:
-        if self._sent:
-            self._sent.wait()
-        self._client.set_terminated(self._id)
+        try:
+            if self._sent:
+                self._sent.wait()
+        finally:
+            self._client.set_terminated(self._id)
 
 
 def numbers(metrics: dict[str, Any]) -> dict[str, float]:

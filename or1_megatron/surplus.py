@@ -23,11 +23,11 @@ def write_groups(path: Path, groups: list[Group]) -> None:
     """`path` ends in .npz."""
     rows = [{"uid": group.prompt.uid, "samples": [_as_dict(sample) for sample in group.samples]} for group in groups]
     samples = [sample for group in groups for sample in group.samples]
-    arrays = {
-        name: np.concatenate([np.empty(0, dtype), *(getattr(sample, name) for sample in samples)], dtype=dtype)
+    tokens, log_probs = (
+        np.concatenate([np.empty(0, dtype), *(getattr(sample, name) for sample in samples)], dtype=dtype)
         for name, dtype in _DTYPES.items()
-    }
-    np.savez(path, groups=np.frombuffer(json.dumps(rows).encode(), np.uint8), **arrays)
+    )
+    np.savez(path, groups=np.frombuffer(json.dumps(rows).encode(), np.uint8), tokens=tokens, log_probs=log_probs)
 
 
 def _as_dict(sample: Sample) -> dict[str, Any]:

@@ -93,7 +93,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/tracked")
     import mlflow
 
-    mlflow.set_tracking_uri(None)  # by the environment, whatever was used before
     return mlflow.MlflowClient()
 
 
