@@ -15,7 +15,8 @@ from or1_megatron import train
 from or1_megatron.config import Config
 from or1_megatron.errors import StopRequested, UserError, WorkerDied
 
-FOLDER = SimpleNamespace(path=Path("/run"), checkpoints=Path("/run/checkpoints"), driven=nullcontext)
+METRICS = SimpleNamespace(open_boards=lambda: None)
+FOLDER = SimpleNamespace(path=Path("/run"), checkpoints=Path("/run/checkpoints"), driven=nullcontext, metrics=METRICS)
 CONFIG = SimpleNamespace(reward=None, max_restarts=3, steps=4)
 FOUND = SimpleNamespace(path=Path("/run/checkpoints/step-000004"), state=SimpleNamespace(step=4))
 
